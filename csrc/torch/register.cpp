@@ -1,0 +1,21 @@
+// Every schema of torch.ops.qwen1m, in one screen. Ops write into their arguments and return
+// nothing, so that callers own all memory (CUDA graphs, plans) and fakes are trivial.
+// The contract of each op is the comment of its Params struct in include/qwen1m/<op>.h.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(qwen1m, m) {
+  m.def("rms_norm(Tensor(a!) out, Tensor(b!)? residual, Tensor x, Tensor weight, float eps) -> ()");
+  m.def("swiglu(Tensor(a!) out, Tensor gate_up) -> ()");
+  m.def(
+      "qkv_rope_append(Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor qkv, "
+      "Tensor? bias, Tensor positions, Tensor slot_mapping, Tensor rope_table, int chunk_len, "
+      "Tensor? k_scale, Tensor? v_scale) -> ()");
+  m.def(
+      "prefill_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, "
+      "Tensor v_cache, Tensor block_table, Tensor cu_q, Tensor kv_len, Tensor logit_scale, "
+      "Tensor rope_table, int chunk_size, int local_size) -> ()");
+  m.def(
+      "decode_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, "
+      "Tensor v_cache, Tensor block_table, Tensor kv_len, Tensor logit_scale, "
+      "Tensor rope_table, int chunk_size, int local_size) -> ()");
+}

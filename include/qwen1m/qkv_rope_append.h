@@ -1,0 +1,30 @@
+#pragma once
+
+#include "qwen1m/parallel_for.h"
+#include "qwen1m/tensor_view.h"
+
+namespace qwen1m {
+
+/// What follows the QKV projection: bias added, queries copied out un-rotated, keys rotated at
+/// their Dual Chunk position (positions[t] % chunk_len) and written to the paged cache with the
+/// values. Rotary pairs are (d, d + D/2) (GPT-NeoX). Arithmetic in fp32, one rounding per value.
+///
+/// The queries stay un-rotated because attention rotates them once per key range
+/// (see prefill_attention.h). With q_heads == 0 only keys and values are appended.
+struct QkvRopeAppendParams {
+  AnyView<3> q;        // [tokens, q_heads, D] written; fp32 or bf16; last two dims contiguous
+  AnyView<4> k_cache;  // [pages, kv_heads, 128, D] as q, contiguous; the token's row is written
+  AnyView<4> v_cache;  // as k_cache
+  AnyView<2> qkv;      // [tokens, (q_heads + 2 kv_heads) D] as q: q, k, v columns; last dim contiguous
+  AnyView<1> bias;     // [(q_heads + 2 kv_heads) D] as q, contiguous; data null: no bias
+  TensorView<const int64_t, 1> positions;     // [tokens], absolute token index, >= 0
+  TensorView<const int64_t, 1> slot_mapping;  // [tokens], page * 128 + row; -1: append nothing
+  TensorView<const float, 3> rope_table;      // [rows, D/2, 2] (cos, sin), contiguous
+  int64_t chunk_len = 0;                      // tokens, > 0
+};
+
+/// Throws qwen1m::Error on a shape, dtype or stride that does not fit, a slot outside the cache or
+/// a position outside the table. Two tokens must not share a slot.
+void qkv_rope_append_cpu(const QkvRopeAppendParams&, const ParallelFor&);
+
+}  // namespace qwen1m

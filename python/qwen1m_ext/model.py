@@ -1,0 +1,182 @@
+"""The Qwen2 forward pass over spans of tokens.
+
+Two ideas keep a million tokens affordable. Only attention sees the whole chunk at once: all
+matrix products run over blocks of rows, so the wide MLP activations exist for one block only. And
+in the last layer only keys and values are computed for every token; queries, attention, MLP and
+norm run for the rows that somebody asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .attention import TokenSpan
+from .config import ModelConfig
+from .weights import LayerWeights, ModelWeights
+
+BLOCK_ROWS = 4096
+"""Rows of one matrix product: large enough for full speed, small enough for the MLP's width."""
+
+OnLayer = Callable[[int, int], None]
+"""Called with (layers done, layers) after each layer; may raise to stop the work."""
+
+
+class Workspace:
+    """The activations of a chunk, allocated once: what `activation_bytes` says and no more."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
+        block = min(BLOCK_ROWS, chunk_tokens)
+        heads = (config.num_q_heads, config.head_dim)
+        self.residual = torch.empty(chunk_tokens, config.hidden_size, dtype=dtype)
+        self.q = torch.empty(chunk_tokens, *heads, dtype=dtype)
+        self.attended = torch.empty(chunk_tokens, *heads, dtype=dtype)
+        self.normed = torch.empty(block, config.hidden_size, dtype=dtype)
+        self.delta = torch.empty(block, config.hidden_size, dtype=dtype)
+        self.qkv = torch.empty(block, config.q_size + 2 * config.kv_size, dtype=dtype)
+        self.gate_up = torch.empty(block, 2 * config.intermediate_size, dtype=dtype)
+        self.activated = torch.empty(block, config.intermediate_size, dtype=dtype)
+
+
+def activation_bytes(config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> int:
+    """Bytes of a `Workspace`."""
+    block = min(BLOCK_ROWS, chunk_tokens)
+    per_token = config.hidden_size + 2 * config.q_size
+    per_block_row = (
+        2 * config.hidden_size
+        + config.q_size
+        + 2 * config.kv_size
+        + 3 * config.intermediate_size
+    )
+    return (chunk_tokens * per_token + block * per_block_row) * dtype.itemsize
+
+
+def _project(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`out = x weight^T` for [out, in] weights, without a new allocation."""
+    return torch.mm(x, weight.t(), out=out)
+
+
+class Qwen2Model:
+    """Weights and workspace of one model."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, chunk_tokens: int) -> None:
+        """Prepare for spans of up to `chunk_tokens` tokens."""
+        self.config, self.weights = config, weights
+        self.dtype = weights.norm.dtype
+        self.workspace = Workspace(config, self.dtype, chunk_tokens)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        span: TokenSpan,
+        rows: Tensor | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> Tensor:
+        """Run the tokens of a span through all layers; their keys and values enter the cache.
+
+        Args:
+            token_ids: [tokens] int64, tokens <= the workspace's chunk_tokens.
+            span: where the tokens are.
+            rows: [n] int64, ascending rows whose final hidden state is wanted; None: all.
+            on_layer: progress.
+
+        Returns:
+            [n, hidden] hidden states after the final norm, ready for the LM head.
+        """
+        n, layers = len(span), self.weights.layers
+        if token_ids.numel() != n or n > self.workspace.chunk_tokens:
+            raise ValueError(
+                f"token_ids: expected {n} ids, at most {self.workspace.chunk_tokens}, "
+                f"got {token_ids.numel()}"
+            )
+        residual, q, attended = (t[:n] for t in self._chunk_buffers())
+        last = len(layers) - 1
+        for block in _blocks(n):
+            x = residual[block]
+            torch.index_select(self.weights.embed, 0, token_ids[block], out=x)
+            normed = self.workspace.normed[: len(x)]
+            ops.rms_norm(normed, None, x, layers[0].input_norm, self.config.rms_norm_eps)
+            self._append_qkv(0, normed, q, span, block, kv_only=last == 0 and rows is not None)
+        for i in range(last):
+            span.attend(i, q, attended)
+            for block in _blocks(n):
+                normed = self._mlp(
+                    layers[i], residual[block], attended[block], layers[i + 1].input_norm
+                )
+                self._append_qkv(
+                    i + 1, normed, q, span, block, kv_only=i + 1 == last and rows is not None
+                )
+            if on_layer:
+                on_layer(i + 1, len(layers))
+        if rows is None:
+            span.attend(last, q, attended)
+            wanted = residual
+        else:
+            wanted, q, attended = self._last_layer_queries(residual, rows)
+            if len(rows):
+                span.attend_rows(last, q, attended, rows)
+        hidden = torch.empty(len(wanted), self.config.hidden_size, dtype=self.dtype)
+        for block in _blocks(len(wanted)):
+            hidden[block] = self._mlp(
+                layers[last], wanted[block], attended[block], self.weights.norm
+            )
+        if on_layer:
+            on_layer(len(layers), len(layers))
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head: [n, hidden] -> [n, vocab] float32. The caller keeps n small."""
+        return F.linear(hidden, self.weights.lm_head).float()
+
+    def _chunk_buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        w = self.workspace
+        return w.residual, w.q, w.attended
+
+    def _append_qkv(
+        self, layer: int, normed: Tensor, q: Tensor, span: TokenSpan, block: slice, kv_only: bool
+    ) -> None:
+        """Project a block of normed rows; write its q rows and its keys and values."""
+        weights = self.weights.layers[layer]
+        skip = self.config.q_size if kv_only else 0
+        qkv = self.workspace.qkv[: len(normed), skip:]
+        if skip:  # a narrower product needs a contiguous destination
+            qkv = self.workspace.qkv.view(-1)[: qkv.numel()].view(qkv.shape)
+        _project(qkv, normed, weights.qkv[skip:])
+        q_rows = q[block, :0] if kv_only else q[block]
+        span.append_kv(layer, q_rows, qkv, weights.qkv_bias[skip:], block)
+
+    def _last_layer_queries(self, residual: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual, queries and room for the attention output of the requested rows."""
+        c, weights = self.config, self.weights.layers[-1]
+        wanted = residual[rows]
+        normed = torch.empty_like(wanted)
+        ops.rms_norm(normed, None, wanted, weights.input_norm, c.rms_norm_eps)
+        q = F.linear(normed, weights.qkv[: c.q_size], weights.qkv_bias[: c.q_size])
+        q = q.view(-1, c.num_q_heads, c.head_dim)
+        return wanted, q, torch.empty_like(q)
+
+    def _mlp(self, layer: LayerWeights, x: Tensor, attended: Tensor, next_norm: Tensor) -> Tensor:
+        """Output projection, MLP and both residual additions for a block of rows.
+
+        Returns the block normed for what follows (the next layer, or the LM head).
+        """
+        w, n, eps = self.workspace, len(x), self.config.rms_norm_eps
+        delta, normed = w.delta[:n], w.normed[:n]
+        _project(delta, attended.reshape(n, -1), layer.o)
+        ops.rms_norm(normed, x, delta, layer.post_norm, eps)
+        gate_up, activated = w.gate_up[:n], w.activated[:n]
+        _project(gate_up, normed, layer.gate_up)
+        ops.swiglu(activated, gate_up)
+        _project(delta, activated, layer.down)
+        ops.rms_norm(normed, x, delta, next_norm, eps)
+        return normed
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    for begin in range(0, n, BLOCK_ROWS):
+        yield slice(begin, min(n, begin + BLOCK_ROWS))

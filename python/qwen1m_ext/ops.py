@@ -1,0 +1,140 @@
+"""Typed wrappers of `torch.ops.qwen1m`: the only module that touches them.
+
+Each op writes into its first arguments and returns nothing. The contracts (shapes, dtypes,
+rounding) stand in `include/qwen1m/<op>.h`; an argument that does not fit raises RuntimeError.
+Importing this module loads the compiled library (`_C`) and touches no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import BackendError
+
+PAGE_SIZE = 128
+"""Tokens of a KV-cache page (kPageSize in include/qwen1m/dual_chunk.h)."""
+
+INFINITE_CHUNK = 1 << 62
+"""chunk_size of plain RoPE (kInfiniteChunk)."""
+
+OP_NAMES = ("rms_norm", "swiglu", "qkv_rope_append", "prefill_attention", "decode_attention")
+
+
+def library_path() -> Path:
+    """Where the compiled operators are: `QWEN1M_LIBRARY` if set, else beside this file."""
+    override = os.environ.get("QWEN1M_LIBRARY")
+    if override:
+        return Path(override)
+    return Path(__file__).resolve().parent / "_C.so"
+
+
+def _load() -> None:
+    path = library_path()
+    if not path.is_file():
+        raise BackendError(
+            f"the compiled operators are missing: expected {path}; "
+            "install the package with `pip install .` from its source folder"
+        )
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    for name in OP_NAMES:  # the ops return nothing, so neither do their fakes
+        torch.library.register_fake(f"qwen1m::{name}", lambda *args, **kwargs: None)
+
+
+_load()
+_ops = torch.ops.qwen1m
+
+
+def supports_cuda() -> bool:
+    """Whether every op was compiled with a CUDA kernel. Asks the build facts, not a GPU."""
+    from . import _host
+
+    return bool(_host.build_info()["cuda"])
+
+
+def rms_norm(out: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> None:
+    """`residual += x; out = normalise(residual) * weight`, or of x without a residual.
+
+    out, residual, x: [tokens, hidden]; weight: [hidden].
+    """
+    _ops.rms_norm(out, residual, x, weight, eps)
+
+
+def swiglu(out: Tensor, gate_up: Tensor) -> None:
+    """`out = silu(gate) * up`; out: [tokens, n], gate_up: [tokens, 2 n] (gate, then up)."""
+    _ops.swiglu(out, gate_up)
+
+
+def qkv_rope_append(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    rope_table: Tensor,
+    chunk_len: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Add the bias, write q un-rotated, rotate K at `position % chunk_len`, append K and V.
+
+    q: [tokens, q_heads, D]; caches: [pages, kv_heads, 128, D]; qkv: [tokens, (q + 2 kv) D];
+    positions, slot_mapping: [tokens] int64; rope_table: [rows, D/2, 2] float32.
+    """
+    _ops.qkv_rope_append(
+        q, k_cache, v_cache, qkv, bias, positions, slot_mapping, rope_table, chunk_len,
+        k_scale, v_scale,
+    )  # fmt: skip
+
+
+def prefill_attention(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_q: Tensor,
+    kv_len: Tensor,
+    logit_scale: Tensor,
+    rope_table: Tensor,
+    chunk_size: int,
+    local_size: int,
+) -> None:
+    """Causal attention with Dual Chunk positions; q and out: [tokens, q_heads, D], un-rotated q.
+
+    block_table: [batch, pages] int32; cu_q: [batch + 1] int64; kv_len: [batch] int64;
+    logit_scale: [batch] float32; lse: [tokens, q_heads] float32, natural log.
+    """
+    _ops.prefill_attention(
+        out, lse, q, k_cache, v_cache, block_table, cu_q, kv_len, logit_scale, rope_table,
+        chunk_size, local_size,
+    )  # fmt: skip
+
+
+def decode_attention(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    kv_len: Tensor,
+    logit_scale: Tensor,
+    rope_table: Tensor,
+    chunk_size: int,
+    local_size: int,
+) -> None:
+    """Attention of the newest tokens; q and out: [batch, q_tokens, q_heads, D], un-rotated q.
+
+    The other arguments are those of `prefill_attention`; lse: [batch, q_tokens, q_heads].
+    """
+    _ops.decode_attention(
+        out, lse, q, k_cache, v_cache, block_table, kv_len, logit_scale, rope_table,
+        chunk_size, local_size,
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""Logits to a token: penalties, temperature, min_p, top_k, top_p and a seeded draw.
+
+The order of the steps is vLLM's. Everything runs in float32 on one row of logits; probabilities
+are drawn by inverse transform in float64, so that the same seed gives the same token.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import RequestError
+from .request import Logprob, SamplingParams, TokenLogprobs
+from .tokenizer import Tokenizer
+
+
+class Sampler:
+    """The state of one sample: its random stream and the tokens that penalties look at."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        vocab_size: int,
+        stop_token_ids: Sequence[int] = (),
+        index: int = 0,
+    ) -> None:
+        """Prepare for sample `index` of a request.
+
+        Args:
+            params: the request's parameters, already checked in themselves.
+            prompt_token_ids: what repetition_penalty counts besides the output.
+            vocab_size: columns of the logits.
+            stop_token_ids: suppressed until `min_tokens` are out.
+            index: which of the `n` samples; each draws from its own stream.
+        """
+        self.params = params
+        self._prompt = torch.tensor(sorted(set(prompt_token_ids)), dtype=torch.int64)
+        self._output: Counter[int] = Counter()
+        self._stops = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64)
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        # the index goes through a large odd factor: seed and seed + 1 share no stream
+        stream = (seed + index * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
+        self._random = torch.Generator().manual_seed(stream)
+        bias = params.logit_bias or {}
+        for token in bias:
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"logit_bias: expected token ids in [0, {vocab_size}), got {token}"
+                )
+        self._bias_ids = torch.tensor(list(bias), dtype=torch.int64)
+        self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
+
+    def sample(self, logits: Tensor) -> int:
+        """Choose the next token from [vocab] float32 logits, and remember it."""
+        adjusted = self.adjust(logits)
+        if self.params.temperature == 0:
+            token = int(adjusted.argmax())
+        else:
+            token = self._draw(self.probabilities(adjusted))
+        self._output[token] += 1
+        return token
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Logits with bias and penalties applied; a new tensor when anything changes."""
+        p = self.params
+        penalised = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        suppressed = self._output.total() < p.min_tokens and len(self._stops)
+        if not (penalised or suppressed or len(self._bias_ids)):
+            return logits
+        logits = logits.clone()
+        if len(self._bias_ids):
+            logits[self._bias_ids] += self._bias
+        if suppressed:
+            logits[self._stops] = -torch.inf
+        if penalised:
+            output = torch.tensor(list(self._output), dtype=torch.int64)
+            counts = torch.tensor(list(self._output.values()), dtype=torch.float32)
+            if p.repetition_penalty != 1:
+                seen = torch.cat([self._prompt, output]).unique()  # type: ignore[no-untyped-call]
+                values = logits[seen]
+                logits[seen] = torch.where(
+                    values > 0, values / p.repetition_penalty, values * p.repetition_penalty
+                )
+            logits[output] -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+        return logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution that is drawn from, [vocab] float64; needs temperature > 0."""
+        p = self.params
+        probs = torch.softmax(logits.double() / p.temperature, -1)
+        if p.min_p > 0:
+            probs = torch.where(probs >= p.min_p * probs.max(), probs, 0.0)
+        keep_k = 0 < p.top_k < probs.numel()
+        if keep_k or p.top_p < 1:
+            ordered, order = probs.sort(descending=True, stable=True)
+            if keep_k:
+                ordered[p.top_k :] = 0
+            ordered /= ordered.sum()
+            if p.top_p < 1:  # the token that reaches top_p is still in
+                ordered[ordered.cumsum(-1) - ordered >= p.top_p] = 0
+            probs = torch.zeros_like(probs).scatter_(0, order, ordered)
+        return probs / probs.sum()
+
+    def _draw(self, probs: Tensor) -> int:
+        u = torch.rand((), generator=self._random, dtype=torch.float64)
+        cumulative = probs.cumsum(-1)
+        token = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
+        # u can round up to the very end; the last possible token is meant then
+        return min(token, int(probs.nonzero()[-1]))
+
+
+def top_logprobs(
+    logits: Tensor, chosen: Tensor, count: int, tokenizer: Tokenizer | None
+) -> list[TokenLogprobs]:
+    """Log probabilities of the chosen token and of the `count` likeliest, row by row.
+
+    Args:
+        logits: [rows, vocab] float32, unmodified.
+        chosen: [rows] int64.
+        count: how many of the best to report besides the chosen one.
+        tokenizer: for `decoded_token`; None leaves it empty.
+    """
+    logprobs = torch.log_softmax(logits, -1)
+    own = logprobs.gather(1, chosen[:, None])
+    ranks = (logprobs > own).sum(1) + 1
+    values, ids = logprobs.topk(min(count, logits.shape[1]), dim=1)
+    result = []
+    for row in range(len(logits)):
+        entries = {int(chosen[row]): (float(own[row]), int(ranks[row]))}
+        for rank, (token, value) in enumerate(
+            zip(ids[row].tolist(), values[row].tolist(), strict=True), 1
+        ):
+            entries.setdefault(token, (value, rank))
+        result.append(
+            {
+                token: Logprob(value, rank, tokenizer.decode([token], False) if tokenizer else "")
+                for token, (value, rank) in entries.items()
+            }
+        )
+    return result

@@ -1,0 +1,90 @@
+"""What the commands show on a terminal: sizes, the prefill bar, the closing line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from types import TracebackType
+
+from tqdm import tqdm
+
+from .memory import format_bytes, peak_bytes
+from .prefill import Progress
+from .request import RequestMetrics
+
+_UNITS = {"k": 1024, "m": 1_000_000}
+
+
+def token_count(text: str) -> int:
+    """Parse a number of tokens: 5000, 32k (k = 1,024) or 1m (m = 1,000,000)."""
+    digits, unit = (text[:-1], text[-1].lower()) if text and text[-1].isalpha() else (text, "")
+    try:
+        count = round(float(digits) * _UNITS[unit]) if unit else int(digits)
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a count such as 5000, 32k or 1m, got {text!r}")
+    return count
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for a person: 3.2 s, 95 s, 12 min 05 s, 1 h 02 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class PrefillBar:
+    """A progress bar fed by `on_progress`; the ETA is the engine's, which knows the work ahead."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm[None](
+            total=total,
+            desc="prefill",
+            unit="tok",
+            file=sys.stderr,
+            leave=True,
+            mininterval=0.1 if sys.stderr.isatty() else 5.0,
+            bar_format="{desc} {percentage:3.0f}%|{bar:32}| {n:,}/{total:,} tokens{postfix}",
+        )
+
+    def __enter__(self) -> PrefillBar:
+        """Show the bar."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the last state on the screen."""
+        self._bar.close()
+
+    def __call__(self, progress: Progress) -> None:
+        """Take in a report of the engine."""
+        text = f"{format_seconds(progress.elapsed)} elapsed"
+        if progress.done < progress.total and progress.eta is not None:
+            text += f", {format_seconds(progress.eta)} left"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(progress.done - self._bar.n)
+        if progress.done >= progress.total:
+            self._bar.refresh()
+
+
+def closing_line(metrics: RequestMetrics) -> str:
+    """Tokens, time to first token, speeds and peak memory of a request."""
+    parts = [
+        f"prompt {metrics.prompt_tokens:,} tokens in {format_seconds(metrics.prefill_seconds)}"
+        f" ({metrics.prefill_tokens_per_second:,.0f} tok/s)",
+        f"TTFT {format_seconds(metrics.time_to_first_token)}",
+        f"output {metrics.output_tokens:,} tokens"
+        + (f" ({metrics.decode_tokens_per_second:,.1f} tok/s)" if metrics.decode_seconds else ""),
+        f"peak memory {format_bytes(peak_bytes())}",
+    ]
+    return " | ".join(parts)

@@ -1,0 +1,207 @@
+"""Checkpoint tensors: safetensors (one file or shards) -> the tensors the model multiplies with.
+
+Files are memory-mapped: a tensor that is used as stored is never copied. q, k and v (and gate and
+up) are joined into one matrix each, because one product of twice the width is faster than two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import ModelConfig, read_json
+from .errors import ConfigError, WeightsError
+
+_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer; matrices are [out, in], in the run dtype."""
+
+    input_norm: Tensor  # [hidden]
+    qkv: Tensor  # [q + 2 kv, hidden]: q rows, k rows, v rows
+    qkv_bias: Tensor  # [q + 2 kv]
+    o: Tensor  # [hidden, q]
+    post_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 intermediate, hidden]: gate rows, then up rows
+    down: Tensor  # [hidden, intermediate]
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """All weights of a Qwen2 model."""
+
+    embed: Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [hidden]
+    lm_head: Tensor  # [vocab, hidden]; the embedding itself when tied
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint of this config holds."""
+    h, i = config.hidden_size, config.intermediate_size
+    q, kv = config.q_size, config.kv_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, h),
+        "model.norm.weight": (h,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, h)
+    for layer in range(config.num_layers):
+        p = f"model.layers.{layer}."
+        shapes |= {
+            p + "input_layernorm.weight": (h,),
+            p + "self_attn.q_proj.weight": (q, h),
+            p + "self_attn.q_proj.bias": (q,),
+            p + "self_attn.k_proj.weight": (kv, h),
+            p + "self_attn.k_proj.bias": (kv,),
+            p + "self_attn.v_proj.weight": (kv, h),
+            p + "self_attn.v_proj.bias": (kv,),
+            p + "self_attn.o_proj.weight": (h, q),
+            p + "post_attention_layernorm.weight": (h,),
+            p + "mlp.gate_proj.weight": (i, h),
+            p + "mlp.up_proj.weight": (i, h),
+            p + "mlp.down_proj.weight": (h, i),
+        }
+    return shapes
+
+
+class _Checkpoint:
+    """The open files of a checkpoint and which of them holds which tensor."""
+
+    def __init__(self, files: dict[str, Any], dtype: torch.dtype) -> None:
+        self._files, self._dtype = files, dtype
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def get(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._files[name].get_tensor(name)
+        except SafetensorError as error:
+            raise WeightsError(f"{name}: cannot be read: {error}") from None
+        if tensor.dtype not in _STORED_DTYPES:
+            raise WeightsError(
+                f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}"
+            )
+        return tensor.to(self._dtype)
+
+    def join(self, *names: str) -> Tensor:
+        return torch.cat([self.get(name) for name in names])
+
+
+@contextmanager
+def _open_checkpoint(directory: Path, dtype: torch.dtype) -> Iterator[_Checkpoint]:
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.exists():
+        try:
+            weight_map = read_json(index).get("weight_map")
+        except ConfigError as error:
+            raise WeightsError(str(error)) from None
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
+            raise WeightsError(f"{index}: weight_map: expected an object of tensor: file")
+        for file in set(weight_map.values()):
+            if Path(file).name != file:  # an index must not reach outside its checkpoint
+                raise WeightsError(f"{index}: expected plain file names, got {file!r}")
+    elif single.exists():
+        weight_map = None
+    else:
+        raise WeightsError(
+            f"{directory}: expected model.safetensors or model.safetensors.index.json, "
+            "found neither (other weight formats are not read)"
+        )
+    with ExitStack() as stack:
+        opened: dict[str, Any] = {}
+        for file in sorted(set(weight_map.values())) if weight_map else [single.name]:
+            path = directory / file
+            if not path.is_file():
+                raise WeightsError(f"{path}: file not found, but the index names it")
+            try:
+                opened[file] = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise WeightsError(
+                    f"{path}: not a readable safetensors file (truncated or corrupt): {error}"
+                ) from None
+        files: dict[str, Any] = {}
+        for file, handle in opened.items():
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                if weight_map is not None and weight_map.get(name) != file:
+                    continue
+                files[name] = handle
+        for name, file in (weight_map or {}).items():
+            if name not in files:
+                raise WeightsError(f"{directory / file}: tensor {name!r} is in the index, not here")
+        yield _Checkpoint(files, dtype)
+
+
+def _check_names_and_shapes(checkpoint: _Checkpoint, config: ModelConfig, directory: Path) -> None:
+    expected = expected_shapes(config)
+    # Old exports store the rotary frequencies, which follow from the config.
+    found = {n for n in checkpoint.names() if not n.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        embed = checkpoint.get("model.embed_tokens.weight")
+        if not torch.equal(checkpoint.get("lm_head.weight"), embed):
+            raise WeightsError(
+                f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but "
+                "config.json says tie_word_embeddings: true"
+            )
+        found.discard("lm_head.weight")
+    for what, names in (("missing", expected.keys() - found), ("unknown", found - expected.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise WeightsError(
+                f"{directory}: {len(names)} {what} tensor(s) for this config.json: {shown}"
+                + (", ..." if len(names) > 3 else "")
+            )
+    for name, shape in expected.items():
+        if checkpoint.shape(name) != shape:
+            raise WeightsError(
+                f"{directory}: {name}: expected shape {list(shape)} from config.json, "
+                f"got {list(checkpoint.shape(name))}"
+            )
+
+
+def load_weights(
+    model_dir: str | Path, config: ModelConfig, dtype: torch.dtype | None = None
+) -> ModelWeights:
+    """Load every tensor of a checkpoint in `dtype` (default: the stored one).
+
+    Raises:
+        WeightsError: files missing, truncated or corrupt; tensors missing, superfluous, misshapen
+            or of an unsupported dtype.
+    """
+    directory = Path(model_dir)
+    with _open_checkpoint(directory, dtype or config.dtype) as checkpoint:
+        _check_names_and_shapes(checkpoint, config, directory)
+        get, join = checkpoint.get, checkpoint.join
+        layers = []
+        for layer in range(config.num_layers):
+            p = f"model.layers.{layer}."
+            attn, mlp = p + "self_attn.", p + "mlp."
+            layers.append(
+                LayerWeights(
+                    input_norm=get(p + "input_layernorm.weight"),
+                    qkv=join(*(f"{attn}{x}_proj.weight" for x in "qkv")),
+                    qkv_bias=join(*(f"{attn}{x}_proj.bias" for x in "qkv")),
+                    o=get(attn + "o_proj.weight"),
+                    post_norm=get(p + "post_attention_layernorm.weight"),
+                    gate_up=join(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+                    down=get(mlp + "down_proj.weight"),
+                )
+            )
+        embed = get("model.embed_tokens.weight")
+        lm_head = embed if config.tie_word_embeddings else get("lm_head.weight")
+        return ModelWeights(embed, tuple(layers), get("model.norm.weight"), lm_head)
