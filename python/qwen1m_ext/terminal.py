@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from types import TracebackType
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -43,7 +44,7 @@ class PrefillBar:
     """A progress bar fed by `on_progress`; the ETA is the engine's, which knows the work ahead."""
 
     def __init__(self, total: int) -> None:
-        self._bar = tqdm[None](
+        self._bar: tqdm[NoReturn] = tqdm(
             total=total,
             desc="prefill",
             unit="tok",

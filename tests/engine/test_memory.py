@@ -1,0 +1,73 @@
+"""KV memory: a long prefill costs its pages and the stated activations, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lib.checkpoints import model_config, write_checkpoint
+
+from qwen1m_ext import memory
+
+# In a process of its own: what earlier tests left in the heap would hide the growth.
+SCRIPT = """
+import json, sys
+import torch
+from qwen1m_ext import LLM, SamplingParams
+from qwen1m_ext.memory import resident_bytes
+from qwen1m_ext.model import activation_bytes
+
+tokens = 32768
+llm = LLM(sys.argv[1], max_model_len=2 * tokens, prefill_chunk_tokens=4096)
+engine = llm.engine
+once = SamplingParams(temperature=0, max_tokens=1)
+ids = torch.randint(0, 256, (tokens,)).tolist()
+llm.generate({"prompt_token_ids": ids[:8192]}, once)  # code, thread pools, the whole workspace
+for pages in (engine.cache.k, engine.cache.v):        # the first pages are touched by now:
+    for layer in pages:                               # start again with untouched ones
+        layer.set_(torch.empty_like(layer))
+before = resident_bytes()
+llm.generate({"prompt_token_ids": ids}, once)
+print(json.dumps({
+    "growth": resident_bytes() - before,
+    "pages": tokens // 128 * engine.cache.page_bytes,
+    "activations": activation_bytes(engine.config, engine.dtype, engine.chunk_tokens),
+    "workspace": sum(t.nbytes for t in vars(engine.model.workspace).values()
+                     if isinstance(t, torch.Tensor)),
+}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_resident_growth_of_a_32k_prefill_is_its_pages(tmp_path: Path) -> None:
+    """The workspace is resident before, so growth beyond the pages would be a hidden copy."""
+    config = model_config(
+        num_hidden_layers=8, hidden_size=256, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=256, max_position_embeddings=1 << 20,
+        dual_chunk_attention_config={"chunk_size": 2048, "local_size": 512,
+                                     "original_max_position_embeddings": 2048},
+    )  # fmt: skip
+    directory = write_checkpoint(tmp_path, config)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(directory)], capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stderr
+    measured = json.loads(run.stdout)
+    assert measured["workspace"] == measured["activations"]
+    assert measured["pages"] == 256 * 128 * 8 * 2 * 2 * 64 * 4
+    assert abs(measured["growth"] / measured["pages"] - 1) < 0.03, measured
+
+
+def test_sizes_for_a_person() -> None:
+    assert memory.format_bytes(512) == "512 B"
+    assert memory.format_bytes(57_344 * 10**6) == "53.4 GiB"
+
+
+def test_peak_is_at_least_what_is_resident() -> None:
+    resident = memory.resident_bytes()
+    assert resident is not None and memory.peak_bytes() >= resident * 0.9
+    available = memory.available_bytes()
+    assert available is None or available > 0
