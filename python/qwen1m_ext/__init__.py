@@ -1,8 +1,8 @@
 """One million tokens on one GPU: the engine for Qwen2.5-7B/14B-Instruct-1M.
 
-    from qwen1m_ext import LLM, SamplingParams
-    llm = LLM("path/to/checkpoint")
-    print(llm.generate("Once upon a time", SamplingParams(max_tokens=32))[0].outputs[0].text)
+>>> from qwen1m_ext import LLM, SamplingParams
+>>> llm = LLM("path/to/checkpoint")
+>>> llm.generate("Once upon a time", SamplingParams(max_tokens=32))[0].outputs[0].text
 """
 
 from __future__ import annotations

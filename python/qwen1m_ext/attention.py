@@ -48,9 +48,9 @@ class Rotary:
         table = build_rope_table(config.rope_theta, config.head_dim, rows)
         return Rotary(dual_chunk, table, config.head_dim)
 
-    def logit_scale(self, num_tokens: int) -> float:
-        """s(n)^2 / sqrt(D): what multiplies q k^T in a request of `num_tokens` tokens."""
-        return self.dual_chunk.temperature(num_tokens) ** 2 / math.sqrt(self.head_dim)
+    def logit_scale(self, temperature: float) -> float:
+        """s^2 / sqrt(D): what multiplies q k^T under the temperature s."""
+        return temperature**2 / math.sqrt(self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,9 @@ class TokenSpan:
 
     @staticmethod
     def append(
-        rotary: Rotary, cache: KVCache, sequence: SequenceCache, count: int, num_tokens: int
+        rotary: Rotary, cache: KVCache, sequence: SequenceCache, count: int, temperature: float
     ) -> TokenSpan:
-        """Make room for the next `count` tokens of a sequence.
-
-        `num_tokens` is the n of the temperature s(n): the larger of the prompt's length and the
-        current one.
-        """
+        """Make room for the next `count` tokens of a sequence, to be computed under s."""
         begin = sequence.length
         slots = sequence.append(count)
         return TokenSpan(
@@ -81,7 +77,7 @@ class TokenSpan:
             torch.arange(begin, begin + count),
             slots,
             sequence.block_table,
-            torch.tensor([rotary.logit_scale(num_tokens)], dtype=torch.float32),
+            torch.tensor([rotary.logit_scale(temperature)], dtype=torch.float32),
         )
 
     def __len__(self) -> int:

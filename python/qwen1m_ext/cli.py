@@ -5,21 +5,51 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__, demo_model_path
+from .errors import Qwen1mError, RequestError
+
+if TYPE_CHECKING:
+    from .llm import LLM
+    from .request import SamplingParams
 
 DEMO_TOKENS = 32_768
 """Default length of the demo: ends in about a minute on two cores."""
 
+_SAMPLING: dict[str, Callable[[str], float]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+}
+
+
+_UNITS = {"k": 1024, "m": 1_000_000}
+
+
+def token_count(text: str) -> int:
+    """Parse a number of tokens: 5000, 32k (k = 1,024) or 1m (m = 1,000,000)."""
+    digits, unit = (text[:-1], text[-1].lower()) if text and text[-1].isalpha() else (text, "")
+    try:
+        count = round(float(digits) * _UNITS[unit]) if unit else int(digits)
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a count such as 5000, 32k or 1m, got {text!r}")
+    return count
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status (0 done, 1 wrong answer, 2 error, 130 stopped)."""
+    """Run a command line; returns 0 (done), 1 (wrong answer), 2 (error) or 130 (stopped)."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="qwen1m: %(message)s")
-    from .errors import Qwen1mError
-
     try:
         return int(args.run(args))
     except (Qwen1mError, OSError) as error:
@@ -31,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .terminal import token_count
-
     parser = argparse.ArgumentParser(
         prog="qwen1m", description="Long-context inference for Qwen2.5-1M models."
     )
@@ -45,26 +73,26 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     generate.add_argument("prompt", nargs="?", help="the prompt; '-' or nothing: standard input")
     generate.add_argument("-f", "--file", type=Path, help="read the prompt from a UTF-8 file")
-    _add_model(generate)
     generate.add_argument(
         "--chat", action="store_true", help="send the prompt as a user message (chat template)"
     )
-    generate.add_argument("--system", help="system message, with --chat")
-    generate.add_argument("--max-tokens", type=token_count, default=256, metavar="N")
-    generate.add_argument("--max-model-len", type=token_count, metavar="N",
-                          help="reserve for so many tokens (default: the model's maximum)")  # fmt: skip
-    for name, kind in (
-        ("temperature", float), ("top_p", float), ("top_k", int), ("min_p", float),
-        ("repetition_penalty", float), ("presence_penalty", float), ("frequency_penalty", float),
-        ("seed", int),
-    ):  # fmt: skip
-        generate.add_argument(
-            "--" + name.replace("_", "-"), type=kind, metavar="X",
-            help="sampling (default: the checkpoint's generation_config.json)",
-        )  # fmt: skip
     generate.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
     generate.add_argument("--ignore-eos", action="store_true")
-    generate.add_argument("-q", "--quiet", action="store_true", help="no bar, no closing line")
+    _add_model_and_sampling(generate)
+
+    chat = commands.add_parser(
+        "chat",
+        help="a conversation; the cache is kept between turns",
+        description="Talk to a model. Commands: /file PATH, /reset, /exit.",
+    )
+    chat.set_defaults(run=_chat)
+    chat.add_argument(
+        "--freeze-temperature",
+        action="store_true",
+        help="beyond the trained length, keep the first turn's attention temperature, "
+        "so that the cache is reused there too",
+    )
+    _add_model_and_sampling(chat)
 
     demo = commands.add_parser(
         "demo",
@@ -79,20 +107,59 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--rope", choices=("auto", "dca", "plain"), default="auto",
                       help="plain: without Dual Chunk Attention, to see it fail")  # fmt: skip
     demo.add_argument("--model", default=str(demo_model_path()), help=argparse.SUPPRESS)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, CPU features, operators, self-test; paste-ready",
+        description="Describe this installation and check that it computes correctly.",
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model_and_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", default=str(demo_model_path()),
                         help="checkpoint directory (default: the demo model)")  # fmt: skip
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rope", choices=("auto", "dca", "plain"), default="auto")
+    parser.add_argument("--system", help="system message of a chat")
+    parser.add_argument("--max-tokens", type=token_count, default=256, metavar="N")
+    parser.add_argument("--max-model-len", type=token_count, metavar="N",
+                        help="context to reserve for (default: the model's)")  # fmt: skip
+    for name, kind in _SAMPLING.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=kind,
+            metavar="X",
+            help="sampling (default: the checkpoint's generation_config.json)",
+        )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no bar, no closing line")
+
+
+def _load(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
+    """The model and the sampling that the options ask for."""
+    from dataclasses import replace
+
+    from .llm import LLM
+
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        rope=args.rope,
+        max_model_len=args.max_model_len,
+    )
+    given = {name: getattr(args, name, None) for name in (*_SAMPLING, "stop", "ignore_eos")}
+    params = replace(
+        llm.get_default_sampling_params(),
+        max_tokens=args.max_tokens,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return llm, params
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    from .errors import RequestError
-
     if args.file is not None:
         if args.prompt is not None:
             raise RequestError("prompt: expected an argument or --file, got both")
@@ -103,57 +170,65 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is None or args.prompt == "-":
         if args.prompt is None and sys.stdin.isatty():
             raise RequestError("prompt: expected an argument, --file or standard input, got none")
-        return sys.stdin.read()
+        try:
+            return sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input: expected UTF-8 text: {error}") from None
     return str(args.prompt)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from .llm import LLM
     from .terminal import PrefillBar, closing_line
 
     prompt = _read_prompt(args)
-    llm = LLM(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        rope=args.rope,
-        max_model_len=args.max_model_len,
-    )
+    llm, params = _load(args)
+    tokenizer = llm.get_tokenizer()
     if args.chat:
         messages = [{"role": "system", "content": args.system}] if args.system else []
         messages.append({"role": "user", "content": prompt})
-        prompt = llm.get_tokenizer().apply_chat_template(messages)
-    given = {
-        name: value
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-                     "presence_penalty", "frequency_penalty", "seed", "stop")
-        if (value := getattr(args, name)) is not None
-    }  # fmt: skip
-    params = replace(
-        llm.get_default_sampling_params(),
-        max_tokens=args.max_tokens,
-        ignore_eos=args.ignore_eos,
-        **given,
-    )
-    ids = llm.get_tokenizer().encode(prompt)
-    if args.quiet:
-        stream = llm.stream({"prompt_token_ids": ids}, params)
-    else:
-        bar = PrefillBar(len(ids))
-        stream = llm.stream({"prompt_token_ids": ids}, params, on_progress=bar)
+        prompt = tokenizer.apply_chat_template(messages)
+    elif args.system:
+        raise RequestError("--system: expected together with --chat")
+    ids = tokenizer.encode(prompt)
+    bar = None if args.quiet else PrefillBar(len(ids))
     shown = 0
-    for output in stream:
-        if not args.quiet and shown == 0 and output.metrics.output_tokens == 1:
-            bar.__exit__(None, None, None)
-        text = output.outputs[0].text
-        print(text[shown:], end="", flush=True)
-        shown = len(text)
+    try:
+        for output in llm.stream({"prompt_token_ids": ids}, params, on_progress=bar):
+            if bar and output.metrics.output_tokens == 1:
+                bar.close()
+            text = output.outputs[0].text
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    finally:
+        if bar:
+            bar.close()
     print(flush=True)
     if not args.quiet:
         print(closing_line(output.metrics), file=sys.stderr)
     return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from .chat import Chat, run_chat
+
+    llm, params = _load(args)
+    chat = Chat(
+        llm,
+        params,
+        system=args.system,
+        freeze_temperature=args.freeze_temperature,
+        quiet=args.quiet,
+    )
+    try:
+        return run_chat(chat, sys.stdin, "> " if sys.stdin.isatty() else "")
+    finally:
+        chat.close()
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import run_doctor
+
+    return run_doctor()
 
 
 def _demo(args: argparse.Namespace) -> int:

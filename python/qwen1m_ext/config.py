@@ -19,19 +19,21 @@ from .ops import INFINITE_CHUNK
 
 # Fields that do not change what is computed here. Everything else must be understood below.
 _INERT = frozenset(
-    "_name_or_path attention_dropout bos_token_id eos_token_id pad_token_id initializer_range "
-    "max_window_layers sliding_window transformers_version use_cache torch_dtype dtype "
-    "model_type architectures id2label label2id return_dict output_attentions "
-    "output_hidden_states chunk_size_feed_forward is_encoder_decoder problem_type "
-    "torchscript use_bfloat16 pruned_heads finetuning_task task_specific_params "
-    "_attn_implementation_autoset tokenizer_class unsloth_version".split()
-)
+    {"_name_or_path", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+     "initializer_range", "max_window_layers", "sliding_window", "transformers_version",
+     "use_cache", "torch_dtype", "dtype", "model_type", "architectures", "id2label", "label2id",
+     "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward",
+     "is_encoder_decoder", "problem_type", "torchscript", "use_bfloat16", "pruned_heads",
+     "finetuning_task", "task_specific_params", "_attn_implementation_autoset",
+     "tokenizer_class", "unsloth_version"}
+)  # fmt: skip
 _KNOWN = frozenset(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters "
-    "max_position_embeddings tie_word_embeddings hidden_act attention_bias "
-    "use_sliding_window layer_types dual_chunk_attention_config".split()
-)
+    {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
+     "rope_scaling", "rope_parameters", "max_position_embeddings", "tie_word_embeddings",
+     "hidden_act", "attention_bias", "use_sliding_window", "layer_types",
+     "dual_chunk_attention_config"}
+)  # fmt: skip
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -268,7 +270,9 @@ def load_config(model_dir: str | Path) -> ModelConfig:
         raise f.fail("hidden_act", '"silu"')
     if f.boolean("use_sliding_window", False):
         raise f.fail("use_sliding_window", "false (sliding-window attention is not implemented)")
-    if f.values.get("layer_types") is not None and set(f.values["layer_types"]) - {"full_attention"}:
+    if f.values.get("layer_types") is not None and set(f.values["layer_types"]) - {
+        "full_attention"
+    }:
         raise f.fail("layer_types", 'only "full_attention"')
     if not f.boolean("attention_bias", True):
         raise f.fail("attention_bias", "true (Qwen2 has biases on q, k and v)")

@@ -16,7 +16,7 @@ def decode_step(
     cache: KVCache,
     sequence: SequenceCache,
     token_id: int,
-    prompt_tokens: int,
+    temperature: float,
 ) -> Tensor:
     """Append one token to a sequence.
 
@@ -26,12 +26,11 @@ def decode_step(
         cache: the pool that `sequence` lives in.
         sequence: grows by one token.
         token_id: the token.
-        prompt_tokens: length of the prompt, for the temperature s(max(prompt, current)).
+        temperature: s(n), n the larger of the prompt's and the current length.
 
     Returns:
         [vocab] float32 logits of the token that follows.
     """
-    num_tokens = max(prompt_tokens, sequence.length + 1)
-    span = TokenSpan.append(rotary, cache, sequence, 1, num_tokens)
+    span = TokenSpan.append(rotary, cache, sequence, 1, temperature)
     hidden = model.forward(torch.tensor([token_id], dtype=torch.int64), span)
     return model.logits(hidden)[0]

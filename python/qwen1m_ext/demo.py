@@ -50,7 +50,8 @@ def run_demo(
     print(f"result    {'CORRECT' if correct else 'WRONG'}")
     print(
         f"cost      {metrics.prompt_tokens:,} + {metrics.output_tokens} tokens, "
-        f"{format_seconds(seconds)} in all, prefill {metrics.prefill_tokens_per_second:,.0f} tok/s, "
+        f"{format_seconds(seconds)} in all, "
+        f"prefill {metrics.prefill_tokens_per_second:,.0f} tok/s, "
         f"peak memory {format_bytes(peak_bytes())}"
     )
     if not correct and rope == "plain":

@@ -17,13 +17,14 @@ from .attention import Rotary
 from .config import PLAIN_ROPE, DualChunkConfig, ModelConfig, load_config, load_generation_config
 from .decode import decode_step
 from .errors import BackendError, ConfigError, ContextTooLong, MemoryBudgetError, RequestError
-from .kv_cache import KVCache, SequenceCache, pages_for
+from .kv_cache import KVCache, pages_for
 from .memory import available_bytes, format_bytes
 from .model import Qwen2Model, activation_bytes
 from .output import OutputBuilder
 from .prefill import PREFILL_CHUNK_TOKENS, OnProgress, prefill
 from .request import RequestMetrics, RequestOutput, SamplingParams, TokenLogprobs
 from .sampler import Sampler, top_logprobs
+from .sessions import Session
 from .tokenizer import Tokenizer
 from .weights import load_weights
 
@@ -34,6 +35,10 @@ RopeName = Literal["auto", "dca", "plain"]
 
 LOGITS_BLOCK_BYTES = 64 << 20
 """Logits of many rows are computed in blocks of at most this size, never N x vocabulary at once."""
+
+
+MAX_SEQUENCES = 8
+"""Sessions that may be open at once. They share the pages of one full context."""
 
 
 class Engine:
@@ -87,7 +92,7 @@ class Engine:
         self.chunk_tokens = min(prefill_chunk_tokens, self.max_model_len)
         self.rotary = Rotary.build(self.config, self.dual_chunk, self.max_model_len)
         self.model = Qwen2Model(self.config, weights, self.chunk_tokens)
-        self.cache = KVCache(self.config, self.dtype, self.max_model_len)
+        self.cache = KVCache(self.config, self.dtype, self.max_model_len, max_seqs=MAX_SEQUENCES)
         self.eos_token_ids = frozenset(
             self.generation_config.eos_token_ids or self.config.eos_token_ids
         )
@@ -177,11 +182,13 @@ class Engine:
         *,
         prompt: str | None = None,
         on_progress: OnProgress | None = None,
+        session: Session | None = None,
     ) -> Iterator[RequestOutput]:
         """Serve a request; yields its state after every token, the last one `finished`.
 
         The `n` samples are generated one after the other: each starts from the prompt's cache, cut
         back to the prompt's length, so no copy is made. Closing the iterator aborts the request.
+        With a session, what its cache has of the prompt is not computed again.
 
         Raises:
             As `check`, before the first token.
@@ -191,17 +198,22 @@ class Engine:
         self._requests += 1
         result = RequestOutput(f"request-{self._requests}", prompt, token_ids, [])
         result.metrics.prompt_tokens = len(token_ids)
-        sequence = self.cache.open()
+        used = session or Session(self.cache)
         try:
             with torch.inference_mode():
-                logits = self._prefill(sequence, token_ids, params, result, on_progress)
-            yield from self._samples(sequence, logits, params, result)
+                logits = self._prefill(used, token_ids, params, result, on_progress)
+            yield from self._samples(used, logits, params, result)
         finally:
-            self.cache.close(sequence)
+            if session is None:
+                used.close()
+
+    def open_session(self, *, freeze_temperature: bool = False) -> Session:
+        """A cache that several requests share, for turns of a conversation; see `Session`."""
+        return Session(self.cache, freeze_temperature)
 
     def _prefill(
         self,
-        sequence: SequenceCache,
+        session: Session,
         token_ids: list[int],
         params: SamplingParams,
         result: RequestOutput,
@@ -209,6 +221,10 @@ class Engine:
     ) -> Tensor:
         """Run the prompt; returns [vocab] logits of the first new token."""
         start = time.perf_counter()
+        if params.prompt_logprobs is not None:
+            session.truncate(0)  # every row has to run
+        reused, temperature = session.begin(token_ids, self.dual_chunk.temperature(len(token_ids)))
+        result.metrics.cached_tokens = reused
         on_hidden = None
         if params.prompt_logprobs is not None:
             result.prompt_logprobs = [None]
@@ -219,16 +235,20 @@ class Engine:
                 following = token_ids[begin + 1 : begin + 1 + len(hidden)]
                 collected.extend(self._row_logprobs(hidden[: len(following)], following, count))
 
-        hidden = prefill(
-            self.model,
-            self.rotary,
-            self.cache,
-            sequence,
-            token_ids,
-            chunk_tokens=self.chunk_tokens,
-            on_progress=on_progress,
-            on_hidden=on_hidden,
-        )
+        try:
+            hidden = prefill(
+                self.model,
+                self.rotary,
+                self.cache,
+                session.sequence,
+                token_ids,
+                temperature=temperature,
+                chunk_tokens=self.chunk_tokens,
+                on_progress=on_progress,
+                on_hidden=on_hidden,
+            )
+        finally:  # also when cancelled: a session goes on from the chunks that are complete
+            session.extend(token_ids[reused : session.sequence.length], temperature)
         logits = self.model.logits(hidden)[0]
         result.metrics.prefill_seconds = time.perf_counter() - start
         return logits
@@ -245,7 +265,7 @@ class Engine:
 
     def _samples(
         self,
-        sequence: SequenceCache,
+        session: Session,
         first_logits: Tensor,
         params: SamplingParams,
         result: RequestOutput,
@@ -260,11 +280,9 @@ class Engine:
             sampler = Sampler(
                 params, result.prompt_token_ids, self.config.vocab_size, stop_ids, index
             )
-            builder = OutputBuilder(
-                index, params, self.tokenizer, self.eos_token_ids, max_tokens
-            )
+            builder = OutputBuilder(index, params, self.tokenizer, self.eos_token_ids, max_tokens)
             result.outputs.append(builder.output)
-            sequence.truncate(prompt_tokens)
+            session.truncate(prompt_tokens)
             logits = first_logits
             while True:
                 with torch.inference_mode():
@@ -290,9 +308,17 @@ class Engine:
                 if builder.finished:
                     break
                 with torch.inference_mode():
-                    logits = decode_step(
-                        self.model, self.rotary, self.cache, sequence, token, prompt_tokens
-                    )
+                    logits = self._decode(session, token, prompt_tokens)
+
+    def _decode(self, session: Session, token: int, prompt_tokens: int) -> Tensor:
+        """[vocab] logits after one more token."""
+        sequence = session.sequence
+        temperature = self.dual_chunk.temperature(max(prompt_tokens, sequence.length + 1))
+        if session.freeze_temperature and session.temperature is not None:
+            temperature = session.temperature
+        logits = decode_step(self.model, self.rotary, self.cache, sequence, token, temperature)
+        session.extend([token], temperature)
+        return logits
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position of a prompt, [tokens, vocab] float32: for tests and study.
@@ -309,20 +335,21 @@ class Engine:
                 "use prompt_logprobs"
             )
         blocks: list[Tensor] = []
-        sequence = self.cache.open()
+        session = Session(self.cache)
         try:
             with torch.inference_mode():
                 prefill(
                     self.model,
                     self.rotary,
                     self.cache,
-                    sequence,
+                    session.sequence,
                     token_ids,
+                    temperature=self.dual_chunk.temperature(len(token_ids)),
                     chunk_tokens=self.chunk_tokens,
                     on_hidden=lambda _, hidden: blocks.append(self.model.logits(hidden)),
                 )
         finally:
-            self.cache.close(sequence)
+            session.close()
         return torch.cat(blocks)
 
 

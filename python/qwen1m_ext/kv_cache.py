@@ -35,8 +35,7 @@ class BlockAllocator:
         """Take `count` pages. Raises MemoryBudgetError, and takes none, if there are fewer."""
         if count > len(self._free):
             raise MemoryBudgetError(
-                f"kv cache: expected {count} free pages, "
-                f"got {len(self._free)} of {self.num_pages}"
+                f"kv cache: expected {count} free pages, got {len(self._free)} of {self.num_pages}"
             )
         taken = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]

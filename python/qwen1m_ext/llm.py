@@ -13,6 +13,7 @@ from .engine import DTypeName, Engine, RopeName
 from .errors import RequestError
 from .prefill import PREFILL_CHUNK_TOKENS, OnProgress
 from .request import RequestOutput, SamplingParams
+from .sessions import Session
 from .tokenizer import Message, Tokenizer
 
 
@@ -107,9 +108,7 @@ class LLM:
             self.engine.check(token_ids, sampling)
         results = []
         for text, token_ids, sampling in tqdm(requests, disable=not use_tqdm, unit="prompt"):
-            stream = self.engine.stream(
-                token_ids, sampling, prompt=text, on_progress=on_progress
-            )
+            stream = self.engine.stream(token_ids, sampling, prompt=text, on_progress=on_progress)
             results.append(_last(stream))
         return results
 
@@ -119,11 +118,22 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         on_progress: OnProgress | None = None,
+        session: Session | None = None,
     ) -> Iterator[RequestOutput]:
-        """Complete one prompt; yields the state after every token. Closing the iterator aborts."""
+        """Complete one prompt; yields the state after every token. Closing the iterator aborts.
+
+        With a `session` (see `open_session`) the cache is kept for the next prompt, also after an
+        abort: what both have in common is not computed again.
+        """
         text, token_ids = self._tokens(prompt)
         params = self._params_for(sampling_params, 1)[0]
-        return self.engine.stream(token_ids, params, prompt=text, on_progress=on_progress)
+        return self.engine.stream(
+            token_ids, params, prompt=text, on_progress=on_progress, session=session
+        )
+
+    def open_session(self, *, freeze_temperature: bool = False) -> Session:
+        """A cache for the turns of one conversation; close it when done. See `Session`."""
+        return self.engine.open_session(freeze_temperature=freeze_temperature)
 
     def chat(
         self,
@@ -137,9 +147,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several, through the checkpoint's chat template."""
         single = not messages or isinstance(messages[0], dict)
-        conversations = cast(
-            "list[Sequence[Message]]", [messages] if single else list(messages)
-        )
+        conversations = cast("list[Sequence[Message]]", [messages] if single else list(messages))
         tokenizer = self.get_tokenizer()
         prompts: list[Prompt] = [
             tokenizer.apply_chat_template(
@@ -147,9 +155,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(
-            prompts, sampling_params, use_tqdm=use_tqdm, on_progress=on_progress
-        )
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_progress=on_progress)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """[tokens, vocab] float32 logits of a short prompt: for tests and study."""

@@ -48,10 +48,7 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, chunk_tokens: int)
     block = min(BLOCK_ROWS, chunk_tokens)
     per_token = config.hidden_size + 2 * config.q_size
     per_block_row = (
-        2 * config.hidden_size
-        + config.q_size
-        + 2 * config.kv_size
-        + 3 * config.intermediate_size
+        2 * config.hidden_size + config.q_size + 2 * config.kv_size + 3 * config.intermediate_size
     )
     return (chunk_tokens * per_token + block * per_block_row) * dtype.itemsize
 

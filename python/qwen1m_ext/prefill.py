@@ -70,6 +70,7 @@ def prefill(
     sequence: SequenceCache,
     token_ids: Sequence[int],
     *,
+    temperature: float,
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     on_progress: OnProgress | None = None,
     on_hidden: OnHidden | None = None,
@@ -82,6 +83,7 @@ def prefill(
         cache: the pool that `sequence` lives in.
         sequence: holds the keys and values of the tokens before; grows to the whole prompt.
         token_ids: the whole prompt.
+        temperature: s(n) of the request, the same for every chunk.
         chunk_tokens: tokens per chunk, at most the workspace's.
         on_progress: see `Progress`.
         on_hidden: if given, receives the final hidden state of every new row, chunk by chunk.
@@ -95,7 +97,7 @@ def prefill(
     while sequence.length < total:
         begin = sequence.length
         end = min(total, begin + chunk_tokens)
-        span = TokenSpan.append(rotary, cache, sequence, end - begin, num_tokens=total)
+        span = TokenSpan.append(rotary, cache, sequence, end - begin, temperature)
         if on_hidden:
             rows = None
         else:
@@ -103,7 +105,10 @@ def prefill(
         chunk = torch.tensor(token_ids[begin:end], dtype=torch.int64)
         try:
             hidden = model.forward(
-                chunk, span, rows, lambda done, of: meter.update((begin, end), done / of)  # noqa: B023
+                chunk,
+                span,
+                rows,
+                lambda done, of: meter.update((begin, end), done / of),  # noqa: B023
             )
         except BaseException:
             sequence.truncate(begin)  # a cancelled chunk leaves no half-written tokens behind

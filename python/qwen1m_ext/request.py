@@ -84,7 +84,7 @@ class SamplingParams:
             raise RequestError(f"stop: expected non-empty strings, got {self.stop!r}")
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or not isinstance(bias, int | float):
-                raise RequestError(f"logit_bias: expected token id: number, got {token!r}: {bias!r}")
+                raise RequestError(f"logit_bias: expected id: number, got {token!r}: {bias!r}")
 
     @property
     def stop_list(self) -> list[str]:
@@ -134,6 +134,7 @@ class RequestMetrics:
     """What a request cost. Times in seconds."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, taken from the session's cache
     prefill_seconds: float = 0.0
     time_to_first_token: float = 0.0
     decode_seconds: float = 0.0  # from the first token to the last, all samples
@@ -141,8 +142,9 @@ class RequestMetrics:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens per second of prefill."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens that were computed, per second of prefill."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:

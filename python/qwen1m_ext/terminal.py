@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from types import TracebackType
 from typing import NoReturn
@@ -12,20 +11,6 @@ from tqdm import tqdm
 from .memory import format_bytes, peak_bytes
 from .prefill import Progress
 from .request import RequestMetrics
-
-_UNITS = {"k": 1024, "m": 1_000_000}
-
-
-def token_count(text: str) -> int:
-    """Parse a number of tokens: 5000, 32k (k = 1,024) or 1m (m = 1,000,000)."""
-    digits, unit = (text[:-1], text[-1].lower()) if text and text[-1].isalpha() else (text, "")
-    try:
-        count = round(float(digits) * _UNITS[unit]) if unit else int(digits)
-    except (ValueError, KeyError, OverflowError):
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"expected a count such as 5000, 32k or 1m, got {text!r}")
-    return count
 
 
 def format_seconds(seconds: float) -> str:
@@ -65,6 +50,10 @@ class PrefillBar:
         trace: TracebackType | None,
     ) -> None:
         """Leave the last state on the screen."""
+        self.close()
+
+    def close(self) -> None:
+        """The same, for those who cannot use `with`."""
         self._bar.close()
 
     def __call__(self, progress: Progress) -> None:
@@ -80,8 +69,10 @@ class PrefillBar:
 
 def closing_line(metrics: RequestMetrics) -> str:
     """Tokens, time to first token, speeds and peak memory of a request."""
+    cached = f" ({metrics.cached_tokens:,} cached)" if metrics.cached_tokens else ""
     parts = [
-        f"prompt {metrics.prompt_tokens:,} tokens in {format_seconds(metrics.prefill_seconds)}"
+        f"prompt {metrics.prompt_tokens:,} tokens{cached}"
+        f" in {format_seconds(metrics.prefill_seconds)}"
         f" ({metrics.prefill_tokens_per_second:,.0f} tok/s)",
         f"TTFT {format_seconds(metrics.time_to_first_token)}",
         f"output {metrics.output_tokens:,} tokens"

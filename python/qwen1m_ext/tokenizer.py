@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through jinja2."""
+"""Text to token ids and back: tokenizer.json (`tokenizers`) and chat templates (jinja2)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tokenizer:
     """The tokenizer of a checkpoint directory."""
 
     def __init__(self, model_dir: str | Path) -> None:
-        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja (the last two optional).
+        """Read tokenizer.json and, if there, tokenizer_config.json and chat_template.jinja.
 
         Raises:
             ConfigError: tokenizer.json is missing or not readable, or the template is not text.
@@ -78,7 +78,9 @@ class Tokenizer:
             raise RequestError("messages: expected at least one message, got none")
         for i, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise RequestError(f"messages[{i}]: expected an object with a role, got {message!r}")
+                raise RequestError(
+                    f"messages[{i}]: expected an object with a role, got {message!r}"
+                )
             if not isinstance(message.get("content", ""), str):
                 raise RequestError(
                     f"messages[{i}].content: expected a string, "

@@ -92,9 +92,7 @@ class _Checkpoint:
         except SafetensorError as error:
             raise WeightsError(f"{name}: cannot be read: {error}") from None
         if tensor.dtype not in _STORED_DTYPES:
-            raise WeightsError(
-                f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}"
-            )
+            raise WeightsError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
         return tensor.to(self._dtype)
 
     def join(self, *names: str) -> Tensor:

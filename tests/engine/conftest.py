@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lib.checkpoints import write_checkpoint
 
+from lib.checkpoints import write_checkpoint
 from qwen1m_ext import LLM
 
 

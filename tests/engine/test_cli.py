@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen1m_ext import terminal
-from qwen1m_ext.cli import main
+from qwen1m_ext.cli import main, token_count
 
 
 def qwen1m(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -17,7 +17,9 @@ def qwen1m(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
 
-def generate(checkpoint: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def generate(
+    checkpoint: Path, *arguments: str, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
     return qwen1m(
         "generate", "--model", str(checkpoint), "--max-tokens", "4", "--ignore-eos",
         "--temperature", "0", *arguments, stdin=stdin,
@@ -84,10 +86,11 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("5000", 5000), ("8k", 8192), ("128K", 131072), ("1m", 10**6), ("1.5k", 1536)]
+    ("text", "count"),
+    [("5000", 5000), ("8k", 8192), ("128K", 131072), ("1m", 10**6), ("1.5k", 1536)],
 )
 def test_token_counts(text: str, count: int) -> None:
-    assert terminal.token_count(text) == count
+    assert token_count(text) == count
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lib.checkpoints import model_config
 
+from lib.checkpoints import model_config
 from qwen1m_ext.config import load_config, load_generation_config
 from qwen1m_ext.errors import ConfigError
 

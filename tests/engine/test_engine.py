@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lib.checkpoints import model_config, write_checkpoint
 
+from lib.checkpoints import model_config, write_checkpoint
 from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext import engine as engine_module
 from qwen1m_ext.errors import (

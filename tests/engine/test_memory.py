@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lib.checkpoints import model_config, write_checkpoint
 
+from lib.checkpoints import model_config, write_checkpoint
 from qwen1m_ext import memory
 
 # In a process of its own: what earlier tests left in the heap would hide the growth.

@@ -1,4 +1,4 @@
-"""Sampling: statistics against a float64 definition, order of the steps, seeds, log probabilities."""
+"""Sampling: statistics against a float64 definition, order of the steps, seeds, logprobs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ CASES = [
 ]
 
 
-def with_history(params: SamplingParams, prompt: tuple[int, ...], output: tuple[int, ...]) -> Sampler:
+def with_history(
+    params: SamplingParams, prompt: tuple[int, ...], output: tuple[int, ...]
+) -> Sampler:
     sampler = Sampler(params, prompt, VOCAB)
     sampler._output.update(output)
     return sampler

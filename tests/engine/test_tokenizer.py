@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lib.checkpoints import write_checkpoint
 
+from lib.checkpoints import write_checkpoint
 from qwen1m_ext.errors import ConfigError, RequestError
 from qwen1m_ext.tokenizer import Detokenizer, Tokenizer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lib.checkpoints import model_config, random_tensors, write_checkpoint, write_weights
 
+from lib.checkpoints import model_config, random_tensors, write_checkpoint, write_weights
 from qwen1m_ext.config import load_config
 from qwen1m_ext.errors import WeightsError
 from qwen1m_ext.weights import ModelWeights, load_weights

@@ -1,170 +1,144 @@
-"""Small random Qwen2 checkpoints in Hugging Face form, with a byte tokenizer."""
+"""Random Qwen2 checkpoints in Hugging Face form, with a byte-level tokenizer."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from torch import Tensor
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 256, 257, 258
-END_OF_TEXT = 256
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Dimensions of a model. The defaults are the smallest that uses everything."""
-
-    hidden: int = 64
-    layers: int = 2
-    q_heads: int = 4
-    kv_heads: int = 2
-    head_dim: int | None = None  # None: hidden / q_heads, and then not written to config.json
-    intermediate: int = 96
-    vocab: int = 259
-    tied: bool = False
-    theta: float = 1e4
-    eps: float = 1e-6
-    max_positions: int = 512
-    dual_chunk: tuple[int, int, int] | None = None  # chunk_size, local_size, original maximum
-
-    @property
-    def dim(self) -> int:
-        """Head dimension."""
-        return self.head_dim or self.hidden // self.q_heads
-
-    def config(self, dtype: torch.dtype) -> dict[str, object]:
-        """config.json, with the fields that published Qwen2.5 checkpoints have."""
-        config: dict[str, object] = {
-            "architectures": ["Qwen2ForCausalLM"],
-            "attention_dropout": 0.0,
-            "bos_token_id": END_OF_TEXT,
-            "eos_token_id": END_OF_TEXT,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden,
-            "initializer_range": 0.02,
-            "intermediate_size": self.intermediate,
-            "max_position_embeddings": self.max_positions,
-            "max_window_layers": self.layers,
-            "model_type": "qwen2",
-            "num_attention_heads": self.q_heads,
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": self.eps,
-            "rope_theta": self.theta,
-            "sliding_window": 32768,
-            "tie_word_embeddings": self.tied,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-            "transformers_version": "4.57.0",
-            "use_cache": True,
-            "use_sliding_window": False,
-            "vocab_size": self.vocab,
-        }
-        if self.head_dim:
-            config["head_dim"] = self.head_dim
-        if self.dual_chunk:
-            names = ("chunk_size", "local_size", "original_max_position_embeddings")
-            config["dual_chunk_attention_config"] = dict(zip(names, self.dual_chunk, strict=True))
-        return config
+def model_config(**changes: Any) -> dict[str, Any]:
+    """A config.json: 2 layers, 4/2 heads x 16, Dual Chunk Attention with chunks of 48 tokens."""
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 260,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+        "eos_token_id": 258,
+        "use_sliding_window": False,
+        "dual_chunk_attention_config": {
+            "chunk_size": 64,
+            "local_size": 16,
+            "original_max_position_embeddings": 64,
+        },
+    }
+    config.update(changes)
+    return {name: value for name, value in config.items() if value is not None}
 
 
-def random_tensors(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
-    """Weights under their Hugging Face names, float32.
-
-    Scales are such that logits spread by a few units and attention is neither flat nor one-hot:
-    a wrong position, bias or norm then moves every logit.
-    """
+def random_tensors(config: dict[str, Any], seed: int = 0, gain: float = 1.0) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, written out here independently of the loader."""
     generator = torch.Generator().manual_seed(seed)
+    hidden, inter = config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
+    q = config["num_attention_heads"] * head_dim
+    kv = config["num_key_value_heads"] * head_dim
 
-    def normal(*size: int, std: float) -> Tensor:
-        return torch.randn(*size, generator=generator) * std
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * std
 
-    hidden, dim = shape.hidden, shape.dim
-    tensors = {"model.embed_tokens.weight": normal(shape.vocab, hidden, std=1.0)}
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}."
-        for name, heads in (("q", shape.q_heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
-            std = 1.3 * hidden**-0.5
-            tensors[f"{prefix}self_attn.{name}_proj.weight"] = normal(heads * dim, hidden, std=std)
-            tensors[f"{prefix}self_attn.{name}_proj.bias"] = normal(heads * dim, std=0.5)
-        width = shape.q_heads * dim
-        tensors[f"{prefix}self_attn.o_proj.weight"] = normal(hidden, width, std=width**-0.5)
-        for name in ("gate", "up"):
-            tensors[f"{prefix}mlp.{name}_proj.weight"] = normal(
-                shape.intermediate, hidden, std=hidden**-0.5
-            )
-        tensors[f"{prefix}mlp.down_proj.weight"] = normal(
-            hidden, shape.intermediate, std=shape.intermediate**-0.5
-        )
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{name}.weight"] = 1 + normal(hidden, std=0.2)
-    # A tied head reads the unit-variance embedding, so the norm before it brings logits to size.
-    scale = 2 * hidden**-0.5 if shape.tied else 1.0
-    tensors["model.norm.weight"] = (1 + normal(hidden, std=0.2)) * scale
-    if not shape.tied:
-        tensors["lm_head.weight"] = normal(shape.vocab, hidden, std=2 * hidden**-0.5)
+    def matrix(rows: int, columns: int) -> Tensor:
+        return normal(rows, columns, std=gain / columns**0.5)
+
+    tensors = {
+        "model.embed_tokens.weight": normal(config["vocab_size"], hidden),
+        "model.norm.weight": 1 + normal(hidden, std=0.1),
+    }
+    if not config.get("tie_word_embeddings", False):
+        tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        p = f"model.layers.{layer}."
+        tensors[p + "input_layernorm.weight"] = 1 + normal(hidden, std=0.1)
+        tensors[p + "post_attention_layernorm.weight"] = 1 + normal(hidden, std=0.1)
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            tensors[f"{p}self_attn.{name}_proj.weight"] = matrix(rows, hidden)
+            tensors[f"{p}self_attn.{name}_proj.bias"] = normal(rows, std=0.3)
+        tensors[p + "self_attn.o_proj.weight"] = matrix(hidden, q)
+        tensors[p + "mlp.gate_proj.weight"] = matrix(inter, hidden)
+        tensors[p + "mlp.up_proj.weight"] = matrix(inter, hidden)
+        tensors[p + "mlp.down_proj.weight"] = matrix(hidden, inter)
     return tensors
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Token id = byte value, then the special tokens."""
-    # GPT-2's printable stand-ins for the 256 bytes, in byte order.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
-    tokenizer = Tokenizer(BPE({letter: byte for byte, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    return tokenizer
-
-
-def write_checkpoint(
-    directory: Path,
-    shape: Shape,
-    *,
-    seed: int = 0,
-    tensors: dict[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    shards: int = 1,
-) -> Path:
-    """Write config.json, the weights and tokenizer.json; returns the directory.
-
-    Args:
-        directory: made if it is not there.
-        shape: of the model.
-        seed: of the random weights.
-        tensors: weights to store in place of random ones.
-        dtype: in which they are stored.
-        shards: 1: model.safetensors; more: that many files and their index.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = tensors or random_tensors(shape, seed)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    (directory / "config.json").write_text(json.dumps(shape.config(dtype), indent=2))
-    byte_tokenizer().save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL_TOKENS[0]})
-    )
-    metadata = {"format": "pt"}
+def write_weights(directory: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
+    """model.safetensors, or that many shards with an index."""
     if shards == 1:
-        save_file(tensors, directory / "model.safetensors", metadata)
-        return directory
+        save_file(tensors, directory / "model.safetensors")
+        return
     names = sorted(tensors)
     weight_map = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        held = names[shard::shards]
-        save_file({name: tensors[name] for name in held}, directory / file, metadata)
-        weight_map |= dict.fromkeys(held, file)
-    index = {
-        "metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())},
-        "weight_map": weight_map,
-    }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        part = names[shard::shards]
+        save_file({name: tensors[name] for name in part}, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def byte_level_tokenizer() -> dict[str, Any]:
+    """tokenizer.json of a tokenizer whose ids are byte values, plus the special tokens."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    vocab, extra = {}, 256
+    for byte in range(256):  # GPT-2's map of bytes to visible characters
+        if byte in printable:
+            vocab[chr(byte)] = byte
+        else:
+            vocab[chr(extra)] = byte
+            extra += 1
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+             "use_regex": False}  # fmt: skip
+    added = [
+        {"id": 256 + i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for i, token in enumerate(SPECIAL_TOKENS)
+    ]  # fmt: skip
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+             "vocab": vocab, "merges": []}  # fmt: skip
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
+            "model": model}  # fmt: skip
+
+
+def write_checkpoint(
+    directory: Path,
+    config: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    gain: float = 1.0,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A whole checkpoint directory; returns it."""
+    config = config or model_config()
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {n: t.to(dtype) for n, t in random_tensors(config, seed, gain).items()}
+    write_weights(directory, tensors, shards)
+    (directory / "tokenizer.json").write_text(json.dumps(byte_level_tokenizer()))
+    settings = {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
