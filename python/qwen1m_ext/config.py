@@ -129,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: file not found") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -200,15 +200,13 @@ def _rope_theta(f: _Fields) -> float:
         if kind != "default" or rest:
             raise f.fail(name, 'null or rope_type "default" (no other RoPE scaling is implemented)')
     thetas = {
-        float(v["rope_theta"])
+        _Fields(v, f.where).number("rope_theta", None, 1.0)
         for v in (f.values, scaling or {}, parameters or {})
-        if isinstance(v.get("rope_theta"), int | float)
+        if v.get("rope_theta") is not None
     }
     if len(thetas) > 1:
         raise ConfigError(f"{f.where}: rope_theta is given more than once: {sorted(thetas)}")
-    if not thetas:
-        return f.number("rope_theta", None, 1.0)
-    return _Fields({"rope_theta": thetas.pop()}, f.where).number("rope_theta", None, 1.0)
+    return thetas.pop() if thetas else f.number("rope_theta", None, 1.0)
 
 
 def _dual_chunk(f: _Fields, max_positions: int) -> DualChunkConfig:

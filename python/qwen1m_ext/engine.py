@@ -96,6 +96,12 @@ class Engine:
         self.eos_token_ids = frozenset(
             self.generation_config.eos_token_ids or self.config.eos_token_ids
         )
+        for token in self.eos_token_ids:
+            if token >= self.config.vocab_size:
+                raise ConfigError(
+                    f"{model_dir}: eos_token_id: expected ids below vocab_size "
+                    f"{self.config.vocab_size}, got {token}"
+                )
         self._requests = 0
 
     def _fit(self, wanted: int | None, chunk_tokens: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import RequestError
+from .errors import RequestError, WeightsError
 from .request import Logprob, SamplingParams, TokenLogprobs
 from .tokenizer import Tokenizer
 
@@ -56,7 +56,15 @@ class Sampler:
         self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
 
     def sample(self, logits: Tensor) -> int:
-        """Choose the next token from [vocab] float32 logits, and remember it."""
+        """Choose the next token from [vocab] float32 logits, and remember it.
+
+        Raises:
+            WeightsError: a logit is NaN, so the weights are damaged or the model overflows.
+        """
+        if logits.isnan().any():
+            raise WeightsError(
+                "logits: expected numbers, got NaN: the weights are damaged, or values overflow"
+            )
         adjusted = self.adjust(logits)
         if self.params.temperature == 0:
             token = int(adjusted.argmax())

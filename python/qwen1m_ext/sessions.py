@@ -24,6 +24,7 @@ class Session:
         self._cache = cache
         self.sequence: SequenceCache = cache.open()
         self.freeze_temperature = freeze_temperature
+        self._closed = False
         self.token_ids: list[int] = []  # in the cache, all computed under `temperature`
         self.temperature: float | None = None  # s(n); None: nothing cached yet
 
@@ -61,6 +62,8 @@ class Session:
         del self.token_ids[length:]
 
     def close(self) -> None:
-        """Give the pages back."""
-        self._cache.close(self.sequence)
-        self.token_ids.clear()
+        """Give the pages back. Closing twice is harmless."""
+        if not self._closed:
+            self._cache.close(self.sequence)
+            self.token_ids.clear()
+            self._closed = True

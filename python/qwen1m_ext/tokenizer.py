@@ -50,7 +50,17 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens written out in it are recognised."""
+        """Token ids of a text; special tokens written out in it are recognised.
+
+        Raises:
+            RequestError: the text holds a lone surrogate, so it is no Unicode text.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"prompt: expected Unicode text, got a lone surrogate at character {error.start}"
+            ) from None
         return list(self._tokenizer.encode(text).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -102,8 +112,8 @@ class Tokenizer:
                 eos_token=self.eos_token or "",
                 bos_token=self.bos_token or "",
             )
-        except TemplateError as error:
-            raise RequestError(f"chat template: {error}") from None
+        except Exception as error:  # a template can fail in any way that Python can
+            raise RequestError(f"chat template: {error or type(error).__name__}") from None
 
 
 class Detokenizer:
