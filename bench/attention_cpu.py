@@ -1,0 +1,176 @@
+"""CPU attention against torch SDPA in both of its forms, and decode against reading the cache.
+
+    python bench/attention_cpu.py [--pairs 5] [--threads 2] [--case prefill decode] [--quick]
+
+Both peers get contiguous keys; one is scaled_dot_product_attention with enable_gqa=True on the KV
+heads, the other has keys and values expanded to the query heads beforehand (the copy is not timed).
+Ours reads pages in random order. The peer for decode's bandwidth is a sum over the very bytes of
+the two caches. Rotary angles are 0, because SDPA rotates nothing. Outputs are compared before
+anything is timed. Writes bench/results/cpu/attention.json; bench/cpu_peak.cpp measures the
+processor's peak, for percentages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from paired import compare, environment, write
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from qwen1m_ext import ops
+
+PAGE = 128
+# (query heads, KV heads, head_dim): the demo model's group, Qwen2.5-7B's.
+HEADS = [(4, 2, 64), (28, 4, 128)]
+
+
+@dataclass
+class Case:
+    """One sequence of `tokens` tokens, in pages and as the contiguous tensors of SDPA."""
+
+    q: Tensor  # [q_tokens, q_heads, D]
+    k: Tensor  # [1, kv_heads, tokens, D]
+    v: Tensor
+    k_cache: Tensor  # [pages, kv_heads, 128, D]
+    v_cache: Tensor
+    block_table: Tensor
+    out: Tensor
+    rope_table: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Keys."""
+        return self.k.shape[2]
+
+    def ours(self) -> Tensor:
+        """prefill_attention, or decode_attention for one query token; [q_tokens, q_heads, D]."""
+        common = (self.k_cache, self.v_cache, self.block_table)
+        lengths = torch.tensor([self.tokens])
+        scale = torch.tensor([1 / math.sqrt(self.q.shape[2])])
+        positions = (scale, self.rope_table, ops.INFINITE_CHUNK, 0)
+        if len(self.q) == 1:
+            ops.decode_attention(self.out[None], None, self.q[None], *common, lengths, *positions)
+        else:
+            cu_q = torch.tensor([0, len(self.q)])
+            ops.prefill_attention(self.out, None, self.q, *common, cu_q, lengths, *positions)
+        return self.out
+
+    def sdpa(self, expanded: bool) -> Callable[[], Tensor]:
+        """A function that does the same with torch; the result is [1, q_heads, q_tokens, D]."""
+        q, k, v = self.q.transpose(0, 1)[None].contiguous(), self.k, self.v
+        if expanded:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        causal = len(self.q) > 1
+        return lambda: scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=not expanded
+        )
+
+    def read(self) -> float:
+        """Sum the caches' bytes as fp32."""
+        return sum(float(t.view(torch.float32).sum()) for t in (self.k_cache, self.v_cache))
+
+
+def make_case(tokens: int, q_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    """Random values, pages in random order."""
+    q_heads, kv_heads, dim = heads
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    k, v = (random(1, kv_heads, tokens, dim) for _ in range(2))
+    block_table = torch.randperm(tokens // PAGE, generator=generator).int()
+
+    def pages(x: Tensor) -> Tensor:
+        cache = torch.empty(tokens // PAGE, kv_heads, PAGE, dim, dtype=dtype)
+        cache[block_table.long()] = x[0].unflatten(1, (-1, PAGE)).transpose(0, 1)
+        return cache
+
+    q = random(q_tokens, q_heads, dim)
+    rope_table = torch.tensor([1.0, 0.0]).expand(tokens, dim // 2, 2).contiguous()
+    return Case(q, k, v, pages(k), pages(v), block_table[None], torch.empty_like(q), rope_table)
+
+
+def check(case: Case) -> None:
+    """Refuse to time a wrong result."""
+    expected = case.sdpa(expanded=True)()[0].transpose(0, 1)
+    error = (case.ours().float() - expected.float()).abs().max().item()
+    if not error < 0.03:
+        raise SystemExit(f"outputs differ from SDPA by {error}")
+
+
+def measure(case: Case, pairs: int, what: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Rows for one case, printed as they come."""
+    check(case)
+    q_tokens, q_heads, dim = case.q.shape
+    shape = {
+        "what": what,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": case.tokens,
+        "heads": f"{q_heads}/{case.k.shape[1]}",
+        "head_dim": dim,
+    }
+    # 2 products of 2 operations over the visible (query, key) pairs; bytes of keys and values.
+    flops = 4 * dim * q_heads * (case.tokens * q_tokens - q_tokens * (q_tokens - 1) / 2)
+    data = case.k_cache.nbytes + case.v_cache.nbytes
+    peers: dict[str, Callable[[], object]] = {}
+    if what == "decode":
+        peers["read the cache"] = case.read
+    peers["sdpa enable_gqa"] = case.sdpa(expanded=False)
+    peers["sdpa expanded"] = case.sdpa(expanded=True)
+    rows = []
+    for name, peer in peers.items():
+        row = shape | {"peer": name} | compare(case.ours, peer, pairs)
+        unit, work = ("GB/s", data) if what == "decode" else ("GFLOP/s", flops)
+        row |= {"unit": unit, "rate": work / row["ours_s"] / 1e9}
+        rows.append(row)
+        print(
+            f"{what:8} {shape['dtype']:8} {case.tokens:7} tokens {shape['heads']:>5} x {dim:<3} "
+            f"| ours {row['ours_s'] * 1e3:9.2f} ms {row['rate']:7.1f} {unit} "
+            f"| {name:15} {row['peer_s'] * 1e3:9.2f} ms "
+            f"| x {row['ratio']:.2f} ({row['ratio_min']:.2f} .. {row['ratio_max']:.2f})",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    """Run the cases and save the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--case", nargs="+", choices=["prefill", "decode"],
+                        default=["prefill", "decode"])  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="short sequences only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    lengths = [8192] if arguments.quick else [8192, 32768]
+    decode_lengths = [32768] if arguments.quick else [32768, 131072]
+    start = environment()
+    rows = []
+    if "prefill" in arguments.case:
+        for heads in HEADS:
+            for tokens in lengths:
+                rows += measure(
+                    make_case(tokens, tokens, heads, bf16), arguments.pairs, "prefill", bf16
+                )
+        rows += measure(make_case(8192, 8192, HEADS[0], fp32), arguments.pairs, "prefill", fp32)
+    if "decode" in arguments.case:
+        for heads in HEADS:
+            for tokens in decode_lengths:
+                rows += measure(
+                    make_case(tokens, 1, heads, bf16), 5 * arguments.pairs, "decode", bf16
+                )
+    print(write("cpu/attention", start, rows))
+
+
+if __name__ == "__main__":
+    main()
