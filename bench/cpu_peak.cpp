@@ -77,9 +77,8 @@ int main() {
   std::printf("fp32 fused multiply-add: %.0f GFLOP/s per core\n",
               32e-9 * steps_per_second([&](__m512 c) { return _mm512_fmadd_ps(x, x, c); }));
   std::printf("bf16 pair dot product:   %.0f GFLOP/s per core\n",
-              64e-9 * steps_per_second([&](__m512 c) {
-                return _mm512_dpbf16_ps(c, (__m512bh)x, (__m512bh)x);
-              }));
+              64e-9 * steps_per_second(
+                          [&](__m512 c) { return _mm512_dpbf16_ps(c, (__m512bh)x, (__m512bh)x); }));
   for (int threads = 1; threads <= static_cast<int>(std::thread::hardware_concurrency());
        threads *= 2) {
     std::printf("memory read, %d threads:  %.1f GB/s\n", threads,

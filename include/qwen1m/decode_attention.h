@@ -11,7 +11,7 @@ namespace qwen1m {
 /// over the keys and the partial results merged in fp32. A sequence with kv_len == 0 gives out = 0
 /// and lse = -inf. The split depends on kv_len alone, never on the number of threads.
 struct DecodeAttentionParams {
-  AnyView<4> out;            // [batch, q_tokens, q_heads, D] written; fp32 or bf16; last dim contiguous
+  AnyView<4> out;  // [batch, q_tokens, q_heads, D] written; fp32 or bf16; last dim contiguous
   TensorView<float, 3> lse;  // [batch, q_tokens, q_heads], natural log; data may be null
   AnyView<4> q;              // [batch, q_tokens, q_heads, D] as out: un-rotated, bias added
   AnyView<4> k_cache;        // [pages, kv_heads, 128, D] as out, contiguous: rotated, unscaled

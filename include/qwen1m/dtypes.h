@@ -14,11 +14,10 @@ struct bf16 {
   /// Round to nearest even; a NaN stays a (quiet) NaN, an overflow becomes infinity.
   explicit bf16(float value) {
     const uint32_t u = std::bit_cast<uint32_t>(value);
-    if ((u & 0x7fffffffu) > 0x7f800000u) {
-      bits = static_cast<uint16_t>((u >> 16) | 0x0040u);  // rounding could carry a NaN to infinity
-    } else {
-      bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-    }
+    const uint32_t quiet_nan = (u >> 16) | 0x0040u;  // rounding could carry a NaN to infinity
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    // A selection, not a branch: loops over it are vectorised.
+    bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
   }
   explicit operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
 };

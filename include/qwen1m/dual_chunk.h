@@ -33,7 +33,9 @@ struct DualChunk {
   int64_t successive_position(int64_t token) const {
     return std::min(offset(token) + chunk_len(), chunk_size);
   }
-  int64_t inter_position() const { return std::min(2 * chunk_len() - 1, chunk_size); }
+  int64_t inter_position() const {  // 2 L alone would overflow for kInfiniteChunk
+    return std::min(chunk_len() - 1 + chunk_len(), chunk_size);
+  }
 
   /// First token of the chunk of `token`: intra keys are [intra_begin, token].
   int64_t intra_begin(int64_t token) const { return chunk(token) * chunk_len(); }

@@ -11,10 +11,10 @@ namespace qwen1m {
 /// concurrently, and returns when all have returned. `body` does not throw.
 struct ParallelFor {
   int max_workers = 1;
-  void (*launch)(int workers, void (*body)(void* context, int worker), void* context) =
-      [](int workers, void (*body)(void*, int), void* context) {
-        for (int worker = 0; worker < workers; ++worker) body(context, worker);
-      };
+  void (*launch)(int workers, void (*body)(void* context, int worker),
+                 void* context) = [](int workers, void (*body)(void*, int), void* context) {
+    for (int worker = 0; worker < workers; ++worker) body(context, worker);
+  };
 
   /// Calls f(task, worker) for every task in [0, num_tasks). Tasks are taken in ascending order
   /// from a shared counter, so put the long ones first. A result must not depend on `worker`

@@ -8,19 +8,20 @@ namespace qwen1m {
 
 /// Dense causal attention of many query tokens over the paged KV cache, with Dual Chunk Attention
 /// positions, in one pass and with one online softmax:
-///   out[t, h] = sum_j softmax_j(logit_scale[b] * <R(q[t, h]), k_j>) v_j   over the keys j <= token t
+///   out[t, h] = sum_j softmax_j(logit_scale[b] * <R(q[t, h]), k_j>) v_j   over the keys j <= token
+///   t
 /// where R rotates the query to its inter, successive or intra position for the key range at hand
-/// (dual_chunk.h). Sequence b owns the query rows cu_q[b] .. cu_q[b+1]-1, which are its last tokens:
-/// row r is token kv_len[b] - (cu_q[b+1] - r). KV head of query head h: h / (q_heads / kv_heads).
-/// Accumulation in fp32; the probabilities are rounded to bf16 where the hardware multiplies bf16
-/// pairs (docs/numerics.md). A row's result does not depend on the other rows of the call, so any
-/// split of a prompt into calls gives the same bits.
+/// (dual_chunk.h). Sequence b owns the query rows cu_q[b] .. cu_q[b+1]-1, which are its last
+/// tokens: row r is token kv_len[b] - (cu_q[b+1] - r). KV head of query head h: h / (q_heads /
+/// kv_heads). Accumulation in fp32; the probabilities are rounded to bf16 where the hardware
+/// multiplies bf16 pairs (docs/numerics.md). A row's result does not depend on the other rows of
+/// the call, so any split of a prompt into calls gives the same bits.
 struct PrefillAttentionParams {
-  AnyView<3> out;              // [tokens, q_heads, D] written; fp32 or bf16; last dim contiguous
-  TensorView<float, 2> lse;    // [tokens, q_heads] log of the softmax denominator; data may be null
-  AnyView<3> q;                // [tokens, q_heads, D] as out: un-rotated, bias added
-  AnyView<4> k_cache;          // [pages, kv_heads, 128, D] as out, contiguous: rotated, unscaled
-  AnyView<4> v_cache;          // as k_cache
+  AnyView<3> out;            // [tokens, q_heads, D] written; fp32 or bf16; last dim contiguous
+  TensorView<float, 2> lse;  // [tokens, q_heads] log of the softmax denominator; data may be null
+  AnyView<3> q;              // [tokens, q_heads, D] as out: un-rotated, bias added
+  AnyView<4> k_cache;        // [pages, kv_heads, 128, D] as out, contiguous: rotated, unscaled
+  AnyView<4> v_cache;        // as k_cache
   TensorView<const int32_t, 2> block_table;  // [batch, max_pages]; entries past kv_len are not read
   TensorView<const int64_t, 1> cu_q;         // [batch + 1], ascending from 0 to tokens
   TensorView<const int64_t, 1> kv_len;       // [batch], tokens; >= the query rows of the sequence

@@ -15,8 +15,8 @@ struct QkvRopeAppendParams {
   AnyView<3> q;        // [tokens, q_heads, D] written; fp32 or bf16; last two dims contiguous
   AnyView<4> k_cache;  // [pages, kv_heads, 128, D] as q, contiguous; the token's row is written
   AnyView<4> v_cache;  // as k_cache
-  AnyView<2> qkv;      // [tokens, (q_heads + 2 kv_heads) D] as q: q, k, v columns; last dim contiguous
-  AnyView<1> bias;     // [(q_heads + 2 kv_heads) D] as q, contiguous; data null: no bias
+  AnyView<2> qkv;   // [tokens, (q_heads + 2 kv_heads) D] as q: q, k, v columns; last dim contiguous
+  AnyView<1> bias;  // [(q_heads + 2 kv_heads) D] as q, contiguous; data null: no bias
   TensorView<const int64_t, 1> positions;     // [tokens], absolute token index, >= 0
   TensorView<const int64_t, 1> slot_mapping;  // [tokens], page * 128 + row; -1: append nothing
   TensorView<const float, 3> rope_table;      // [rows, D/2, 2] (cos, sin), contiguous

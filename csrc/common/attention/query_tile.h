@@ -1,0 +1,107 @@
+#pragma once
+/// A query tile: rows of one KV head's query heads and of neighbouring tokens inside one DCA chunk,
+/// and the walk of such a tile over a range of keys. Prefill walks all keys of the tile; decode
+/// walks pieces and merges them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "common/attention/block_kernel.h"
+#include "qwen1m/dual_chunk.h"
+#include "qwen1m/tensor_view.h"
+
+namespace qwen1m {
+
+inline constexpr float kLog2E = 1.44269504f;
+
+/// What the tiles of a call have in common.
+struct AttentionContext {
+  const void* q = nullptr;        // un-rotated; element strides below, last dimension contiguous
+  const void* k_cache = nullptr;  // [pages, kv_heads, 128, D]
+  const void* v_cache = nullptr;
+  DType dtype = DType::kFloat32;  // of all of them
+  int64_t q_token_stride = 0, q_head_stride = 0;
+  int64_t kv_heads = 0;
+  int64_t group = 0;  // query heads of a KV head
+  int64_t head_dim = 0;
+  TensorView<const int32_t, 2> block_table;  // [batch, max_pages]
+  TensorView<const float, 3> rope_table;     // [rows, D/2, 2]
+  DualChunk dual_chunk;
+};
+
+struct QueryTile {
+  int64_t q_offset = 0;  // elements from context.q to the first token's first head of the group
+  int64_t batch = 0;     // row of the block table
+  int64_t kv_head = 0;
+  int64_t first_token = 0;  // absolute index
+  int64_t num_tokens = 0;   // all in the DCA chunk of first_token
+  float logit_scale = 0;
+
+  int64_t last_token() const { return first_token + num_tokens - 1; }
+};
+
+/// Which of a token's three key ranges, hence which position its query is rotated to.
+enum class Stage : uint8_t { kInter, kSuccessive, kIntra };
+
+/// Calls f(first_token, num_tokens) for consecutive pieces of the tokens [begin, end): as long as
+/// possible up to max_tokens, none across a DCA chunk border.
+template <typename F>
+void for_each_tile(const DualChunk& chunks, int64_t begin, int64_t end, int64_t max_tokens, F&& f) {
+  while (begin < end) {
+    const int64_t border = chunks.intra_begin(begin) + chunks.chunk_len();
+    const int64_t n = std::min({max_tokens, end - begin, border - begin});
+    f(begin, n);
+    begin += n;
+  }
+}
+
+/// What a walk leaves of a query row: out = o / l.
+struct AttentionRow {
+  const float* o = nullptr;  // D values, `stride` floats apart
+  int64_t stride = 0;
+  float m = 0, l = 0;  // running maximum of <q, k> (-inf: no key) and sum
+
+  float norm() const { return l == 0 ? 0 : 1 / l; }
+  /// ln sum_j exp(logit_scale <q, k_j>)
+  float lse(float logit_scale) const {
+    return static_cast<float>(double{m} * double{logit_scale} + std::log(double{l}));
+  }
+};
+
+/// Scratch of one worker and the state of the tile it is at. Sized once; `walk` does not allocate.
+class TileWalker {
+ public:
+  TileWalker(BlockKernels, const AttentionContext&, int64_t max_rows);
+
+  /// Attends `tile` to its visible keys in [key_begin, key_end), starting from nothing.
+  /// Keys are visited in ascending order: inter, successive, intra (dual_chunk.h).
+  void walk(const QueryTile& tile, int64_t key_begin, int64_t key_end);
+
+  /// The state of row (token - first_token) * group + head of the tile that was walked last.
+  AttentionRow row(int64_t index) const;
+
+ private:
+  void start(const QueryTile&);
+  void rotate_queries(const QueryTile&, Stage);
+  /// [128, D] of the tile's KV head.
+  const char* page_rows(const void* cache, const QueryTile&, int64_t page) const;
+  void visit_page(const QueryTile&, int64_t page, int64_t key_begin, int64_t key_end);
+  LaneBlock& block(int64_t index) { return blocks_[static_cast<size_t>(index)]; }
+
+  struct Free {
+    void operator()(float* p) const;
+  };
+
+  BlockKernels kernels_;
+  const BlockKernel* kernel_ = nullptr;  // of the tile at hand
+  const AttentionContext& context_;
+  std::unique_ptr<float[], Free> memory_;
+  std::vector<LaneBlock> blocks_;
+  int64_t num_rows_ = 0, num_blocks_ = 0, walk_end_ = 0;  // of the walk at hand
+  float *rotated_, *k_pack_, *v_pack_, *scores_;
+};
+
+}  // namespace qwen1m

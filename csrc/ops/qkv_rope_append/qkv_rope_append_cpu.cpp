@@ -1,0 +1,161 @@
+// CPU backend of qkv_rope_append. Memory bound: every value is read once and written once.
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "common/math.h"
+#include "common/rows.h"
+#include "common/target.h"
+#include "qwen1m/dual_chunk.h"
+#include "qwen1m/qkv_rope_append.h"
+
+namespace qwen1m {
+namespace {
+
+template <bool kHasBias, typename T>
+Q1M_INLINE float biased(const T* x, const T* bias) {
+  return kHasBias ? load(x) + load(bias) : load(x);
+}
+
+/// out = x + bias
+template <bool kHasBias, typename T>
+Q1M_INLINE void copy_biased(T* out, const T* x, const T* bias, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(out + i, biased<kHasBias>(x + i, bias + i));
+}
+
+/// out = R (x + bias) for one head; cos_sin is the table's row, [D/2, 2].
+template <bool kHasBias, typename T>
+Q1M_INLINE void rotate_biased(T* out, const T* x, const T* bias, const float* cos_sin,
+                              int64_t half) {
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    const float c = cos_sin[2 * i], s = cos_sin[2 * i + 1];
+    const float a = biased<kHasBias>(x + i, bias + i);
+    const float b = biased<kHasBias>(x + half + i, bias + half + i);
+    store(out + i, a * c - b * s);
+    store(out + half + i, b * c + a * s);
+  }
+}
+
+/// One token. Pointers of the cache are those of its slot in KV head 0; kv_stride elements lead to
+/// the next head.
+template <typename T>
+struct TokenRow {
+  T* q;
+  T* k;  // null: append nothing
+  T* v;
+  const T* qkv;
+  const T* bias;         // without one, any address as large: it is not read
+  const float* cos_sin;  // null with k
+  int64_t q_heads, kv_heads, head_dim, kv_stride;
+};
+
+template <typename T, bool kHasBias>
+Q1M_INLINE void append_token(const TokenRow<T>& row) {
+  const int64_t d = row.head_dim, k_begin = row.q_heads * d, v_begin = k_begin + row.kv_heads * d;
+  copy_biased<kHasBias>(row.q, row.qkv, row.bias, k_begin);
+  if (row.k == nullptr) return;
+  for (int64_t h = 0; h < row.kv_heads; ++h) {
+    const int64_t k = k_begin + h * d, v = v_begin + h * d, to = h * row.kv_stride;
+    rotate_biased<kHasBias>(row.k + to, row.qkv + k, row.bias + k, row.cos_sin, d / 2);
+    copy_biased<kHasBias>(row.v + to, row.qkv + v, row.bias + v, d);
+  }
+}
+
+template <typename T, bool kHasBias>
+void token_portable(const TokenRow<T>& row) {
+  append_token<T, kHasBias>(row);
+}
+
+template <typename T, bool kHasBias>
+Q1M_TARGET_AVX512 void token_avx512(const TokenRow<T>& row) {
+  append_token<T, kHasBias>(row);
+}
+
+template <typename T, bool kHasBias>
+void run(const QkvRopeAppendParams& p, const ParallelFor& parallel_for) {
+  const auto append = choose_variant(token_portable<T, kHasBias>, token_avx512<T, kHasBias>);
+  const auto q = p.q.as<T>();
+  const auto k_cache = p.k_cache.as<T>(), v_cache = p.v_cache.as<T>();
+  const auto qkv = p.qkv.as<const T>();
+  const T* bias = p.bias.as<const T>().data;
+  const DualChunk chunks{.chunk_size = p.chunk_len};
+  const int64_t tokens = q.size(0), kv_heads = k_cache.size(1), head_dim = k_cache.size(3);
+  for_each_row(parallel_for, tokens, qkv.size(1), [&](int64_t t) {
+    TokenRow<T> row{.q = q.at(t),
+                    .k = nullptr,
+                    .v = nullptr,
+                    .qkv = qkv.at(t),
+                    .bias = kHasBias ? bias : qkv.at(t),
+                    .cos_sin = nullptr,
+                    .q_heads = q.size(1),
+                    .kv_heads = kv_heads,
+                    .head_dim = head_dim,
+                    .kv_stride = kPageSize * head_dim};
+    if (const int64_t slot = *p.slot_mapping.at(t); slot >= 0) {
+      const int64_t page = slot / kPageSize, offset = slot % kPageSize;
+      row.k = k_cache.data + (page * kv_heads * kPageSize + offset) * head_dim;
+      row.v = v_cache.data + (page * kv_heads * kPageSize + offset) * head_dim;
+      row.cos_sin = p.rope_table.at(chunks.key_position(*p.positions.at(t)));
+    }
+    append(row);
+  });
+}
+
+void check(const QkvRopeAppendParams& p) {
+  ArgCheck args("qkv_rope_append");
+  args.shape("q", p.q, {"tokens", "q_heads", "D"});
+  const int64_t tokens = args.size("tokens"), head_dim = args.size("D");
+  args.require(head_dim > 0 && head_dim % 2 == 0, "q", "an even head_dim D > 0", head_dim);
+  args.dense_from(1, "q", p.q);
+  args.separate_rows("q", p.q);
+  args.shape("k_cache", p.k_cache, {"pages", "kv_heads", kPageSize, "D"});
+  args.same_dtype("k_cache", p.k_cache, "q", p.q);
+  args.dense_from(0, "k_cache", p.k_cache);
+  args.shape("v_cache", p.v_cache, {"pages", "kv_heads", kPageSize, "D"});
+  args.same_dtype("v_cache", p.v_cache, "q", p.q);
+  args.dense_from(0, "v_cache", p.v_cache);
+  const Dim columns("(q_heads + 2 kv_heads) D",
+                    (args.size("q_heads") + 2 * args.size("kv_heads")) * head_dim);
+  args.shape("qkv", p.qkv, {"tokens", columns});
+  args.same_dtype("qkv", p.qkv, "q", p.q);
+  args.dense_from(1, "qkv", p.qkv);
+  if (p.bias) {
+    args.shape("bias", p.bias, {columns});
+    args.same_dtype("bias", p.bias, "q", p.q);
+    args.dense_from(0, "bias", p.bias);
+  }
+  args.shape("positions", p.positions, {"tokens"});
+  args.shape("slot_mapping", p.slot_mapping, {"tokens"});
+  args.shape("rope_table", p.rope_table, {"rows", {"D/2", head_dim / 2}, 2});
+  args.dense_from(0, "rope_table", p.rope_table);
+  args.require(p.chunk_len > 0, "chunk_len", "a number of tokens > 0", p.chunk_len);
+
+  // Before anything is written, so that a call that throws leaves the cache as it was.
+  const int64_t slots = args.size("pages") * kPageSize, rows = args.size("rows");
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t slot = *p.slot_mapping.at(t), position = *p.positions.at(t);
+    if (slot == -1) continue;
+    if (slot < 0 || slot >= slots) {
+      args.fail("slot_mapping[" + std::to_string(t) + "]",
+                "-1 or a slot below pages * 128 = " + std::to_string(slots), std::to_string(slot));
+    }
+    if (position < 0 || position % p.chunk_len >= rows) {
+      args.fail("positions[" + std::to_string(t) + "]",
+                "a position >= 0 with position % chunk_len (" + std::to_string(p.chunk_len) +
+                    ") below the " + std::to_string(rows) + " rows of rope_table",
+                std::to_string(position));
+    }
+  }
+}
+
+}  // namespace
+
+void qkv_rope_append_cpu(const QkvRopeAppendParams& p, const ParallelFor& parallel_for) {
+  check(p);
+  dispatch_dtype(p.q.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    p.bias ? run<T, true>(p, parallel_for) : run<T, false>(p, parallel_for);
+  });
+}
+
+}  // namespace qwen1m

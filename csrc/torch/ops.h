@@ -1,0 +1,35 @@
+#pragma once
+/// The torch signatures of every op, in the order of register.cpp; the contract of each is
+/// include/qwen1m/<op>.h.
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace qwen1m::binding {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void rms_norm(const Tensor& out, const OptionalTensor& residual, const Tensor& x,
+              const Tensor& weight, double eps);
+
+void swiglu(const Tensor& out, const Tensor& gate_up);
+
+void qkv_rope_append(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                     const Tensor& qkv, const OptionalTensor& bias, const Tensor& positions,
+                     const Tensor& slot_mapping, const Tensor& rope_table, int64_t chunk_len,
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale);
+
+void prefill_attention(const Tensor& out, const OptionalTensor& lse, const Tensor& q,
+                       const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                       const Tensor& cu_q, const Tensor& kv_len, const Tensor& logit_scale,
+                       const Tensor& rope_table, int64_t chunk_size, int64_t local_size);
+
+void decode_attention(const Tensor& out, const OptionalTensor& lse, const Tensor& q,
+                      const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                      const Tensor& kv_len, const Tensor& logit_scale, const Tensor& rope_table,
+                      int64_t chunk_size, int64_t local_size);
+
+}  // namespace qwen1m::binding

@@ -1,0 +1,38 @@
+#include "qwen1m/qkv_rope_append.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+#include "qwen1m/error.h"
+#include "tensor_match.h"
+#include "torch_threads.h"
+
+namespace qwen1m::binding {
+
+void qkv_rope_append(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                     const Tensor& qkv, const OptionalTensor& bias, const Tensor& positions,
+                     const Tensor& slot_mapping, const Tensor& rope_table, int64_t chunk_len,
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  if (k_scale || v_scale) {
+    throw Error(std::string("qkv_rope_append: ") + (k_scale ? "k_scale" : "v_scale") +
+                ": expected none, got a tensor: fp8 KV is not built in this version");
+  }
+  const TensorMatch match("qkv_rope_append");
+  qkv_rope_append_cpu(
+      {.q = match.floats<3>(q, "q", "[tokens, q_heads, D]"),
+       .k_cache = match.floats<4>(k_cache, "k_cache", "[pages, kv_heads, 128, D]"),
+       .v_cache = match.floats<4>(v_cache, "v_cache", "[pages, kv_heads, 128, D]"),
+       .qkv = match.floats<2>(qkv, "qkv", "[tokens, (q_heads + 2 kv_heads) D]"),
+       .bias = match.floats<1>(bias, "bias", "[(q_heads + 2 kv_heads) D]"),
+       .positions = match.typed<const int64_t, 1>(positions, "positions", "[tokens]"),
+       .slot_mapping = match.typed<const int64_t, 1>(slot_mapping, "slot_mapping", "[tokens]"),
+       .rope_table = match.typed<const float, 3>(rope_table, "rope_table", "[rows, D/2, 2]"),
+       .chunk_len = chunk_len},
+      torch_threads());
+}
+
+}  // namespace qwen1m::binding
+
+STABLE_TORCH_LIBRARY_IMPL(qwen1m, CPU, m) {
+  m.impl("qkv_rope_append", TORCH_BOX(&qwen1m::binding::qkv_rope_append));
+}

@@ -1,0 +1,76 @@
+"""What pytest needs to know for every test: the devices."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # lib and reference, from any working directory
+
+DEVICES = ("cpu", "emu", "cuda")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--device: where the op tests run."""
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="comma-separated devices of the op tests: cpu, emu (emulated kernels), cuda",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse an unknown device before anything runs."""
+    config.addinivalue_line("markers", "isa: run again for every CPU instruction set (test_isa.py)")
+    for device in selected_devices(config):
+        if device not in DEVICES:
+            raise pytest.UsageError(f"--device: expected some of {DEVICES}, got {device!r}")
+
+
+def selected_devices(config: pytest.Config) -> list[str]:
+    """The devices named by --device."""
+    return str(config.getoption("--device")).split(",")
+
+
+def why_unavailable(device: str) -> str | None:
+    """None if the op tests can run on a device, else the reason they cannot."""
+    if device == "emu":
+        return "no emulated kernels exist in this version"
+    if device == "cuda":
+        import torch
+
+        from qwen1m_ext import ops
+
+        if not ops.supports_cuda():
+            return "qwen1m_ext was built without CUDA"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+    return None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test with a `device` argument once per selected device; skip it where it cannot run."""
+    if "device" not in metafunc.fixturenames:
+        return
+    parameters = []
+    for device in selected_devices(metafunc.config):
+        reason = why_unavailable(device)
+        marks = [pytest.mark.skip(reason=f"{device}: {reason}")] if reason else []
+        parameters.append(pytest.param(device, marks=marks, id=device))
+    metafunc.parametrize("device", parameters)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how near the errors came to their budgets, and which devices were not asked for."""
+    from lib.compare import used
+
+    if used:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(used.items()))
+        terminalreporter.write_line(f"error budgets used: {shares}")
+    left = [device for device in DEVICES if device not in selected_devices(config)]
+    if left:
+        terminalreporter.write_line(f"op tests not run on: {', '.join(left)} (see --device)")

@@ -1,0 +1,101 @@
+"""Small, good arguments of every op, in schema order: the start of all negative tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.cases import PAGE_SIZE, THETA
+from lib.generator import tensor
+from reference.rope import rope_table
+
+
+def _rms_norm() -> dict[str, Any]:
+    """4 tokens of 32."""
+    return dict(
+        out=torch.zeros(4, 32),
+        residual=tensor(1, 4, 32),
+        x=tensor(2, 4, 32),
+        weight=tensor(3, 32),
+        eps=1e-6,
+    )
+
+
+def _swiglu() -> dict[str, Any]:
+    """4 tokens, 16 gates."""
+    return dict(out=torch.zeros(4, 16), gate_up=tensor(1, 4, 32))
+
+
+def _qkv_rope_append() -> dict[str, Any]:
+    """3 tokens, 2 query heads, 1 KV head, D = 16, 2 pages, 40 table rows."""
+    return dict(
+        q=torch.zeros(3, 2, 16),
+        k_cache=torch.zeros(2, 1, PAGE_SIZE, 16),
+        v_cache=torch.zeros(2, 1, PAGE_SIZE, 16),
+        qkv=tensor(1, 3, 64),
+        bias=tensor(2, 64),
+        positions=torch.tensor([37, 38, 39]),
+        slot_mapping=torch.tensor([254, 255, 0]),
+        rope_table=rope_table(THETA, 16, 40).float(),
+        chunk_len=40,
+        k_scale=None,
+        v_scale=None,
+    )
+
+
+def _attention() -> dict[str, Any]:
+    """What both attentions take: 2 sequences of 130 and 7 tokens in 4 pages, chunks of 40."""
+    return dict(
+        k_cache=tensor(2, 4, 1, PAGE_SIZE, 16),
+        v_cache=tensor(3, 4, 1, PAGE_SIZE, 16),
+        block_table=torch.tensor([[3, 1], [0, 2]], dtype=torch.int32),
+        kv_len=torch.tensor([130, 7]),
+        logit_scale=torch.tensor([0.25, 0.3]),
+        rope_table=rope_table(THETA, 16, 49).float(),
+        chunk_size=48,
+        local_size=8,
+    )
+
+
+def _prefill_attention() -> dict[str, Any]:
+    """5 rows, 2 query heads, 1 KV head, D = 16."""
+    shared = _attention()
+    return dict(
+        out=torch.zeros(5, 2, 16),
+        lse=torch.zeros(5, 2),
+        q=tensor(1, 5, 2, 16),
+        k_cache=shared.pop("k_cache"),
+        v_cache=shared.pop("v_cache"),
+        block_table=shared.pop("block_table"),
+        cu_q=torch.tensor([0, 2, 5]),
+        **shared,
+    )
+
+
+def _decode_attention() -> dict[str, Any]:
+    """2 tokens of each sequence, 2 query heads, 1 KV head, D = 16."""
+    return dict(
+        out=torch.zeros(2, 2, 2, 16),
+        lse=torch.zeros(2, 2, 2),
+        q=tensor(1, 2, 2, 2, 16),
+        **_attention(),
+    )
+
+
+_ALL = {
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+    "qkv_rope_append": _qkv_rope_append,
+    "prefill_attention": _prefill_attention,
+    "decode_attention": _decode_attention,
+}
+
+
+def good_arguments(op: str, device: str = "cpu") -> dict[str, Any]:
+    """Fresh keyword arguments of an op, finite and within every rule."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in _ALL[op]().items()
+    }

@@ -1,0 +1,241 @@
+"""decode_attention against its float64 definition, its bits, and its refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib.arguments import good_arguments
+from lib.cases import (
+    DTYPES,
+    AttentionInputs,
+    Case,
+    assert_attention,
+    assert_gaps_untouched,
+    attention_inputs,
+    case,
+    cases,
+    spread,
+)
+from lib.compare import assert_close, assert_same_bits
+from lib.refuse import refuses
+from lib.threads import threads
+from qwen1m_ext import ops
+from reference.attention import attention
+
+
+def run(inputs: AttentionInputs, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Call the op; returns (out [batch, q_tokens, q_heads, D], lse [batch, q_tokens, q_heads])."""
+    q_tokens = inputs.q_len[0] if inputs.q_len else 1
+    q = inputs.q.to(device).unflatten(0, (len(inputs.k), q_tokens))
+    out = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=device)
+    torch.empty(0, dtype=q.dtype, device=device).set_(out.untyped_storage()).fill_(float("nan"))
+    lse = torch.full(q.shape[:3], float("nan"), device=device)
+    ops.decode_attention(
+        out,
+        lse,
+        q,
+        inputs.cache.k_cache.to(device),
+        inputs.cache.v_cache.to(device),
+        inputs.cache.block_table.to(device),
+        inputs.kv_len.to(device),
+        inputs.logit_scale.to(device),
+        inputs.rope_table.to(device),
+        inputs.chunk_size,
+        inputs.local_size,
+    )
+    if device == "cpu":
+        assert_gaps_untouched(out)
+    return out, lse
+
+
+def reference(inputs: AttentionInputs, q_tokens: int) -> tuple[Tensor, Tensor]:
+    """Float64 (out, lse) of all rows; a sequence without keys gives 0 and -inf."""
+    heads, dim = inputs.q.shape[1:]
+    out = torch.zeros(len(inputs.k), q_tokens, heads, dim, dtype=torch.float64)
+    lse = torch.full(out.shape[:3], -torch.inf, dtype=torch.float64)
+    for sequence, (k, v) in enumerate(zip(inputs.k, inputs.v, strict=True)):
+        if len(k):
+            out[sequence], lse[sequence] = attention(
+                inputs.q[sequence * q_tokens : (sequence + 1) * q_tokens],
+                torch.arange(len(k) - q_tokens, len(k)),
+                k,
+                v,
+                inputs.logit_scale[sequence].item(),
+                inputs.rope_table,
+                inputs.chunk_size,
+                inputs.local_size,
+            )
+    return out, lse
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", cases("decode_attention"))
+def test_matches_definition(case: Case, dtype: str, device: str) -> None:
+    """Tile, page, chunk and split edges, GQA, very different lengths, a NaN-poisoned cache."""
+    inputs = attention_inputs(case, DTYPES[dtype])
+    expected = reference(inputs, case["q_tokens"])
+    assert_attention(run(inputs, device), expected, dtype, case["logit_factor"])
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "name",
+    ["chunk_224_edges", "chunk_896", "chunk_below_page", "eight_tokens", "very_different_lengths"],
+)
+def test_a_sequence_does_not_see_its_batch(name: str, dtype: torch.dtype, device: str) -> None:
+    """Each sequence alone, its pages elsewhere, gives the bits it has in the batch."""
+    inputs = attention_inputs(case("decode_attention", name), dtype)
+    together = run(inputs, device)
+    for sequence, rows in enumerate(inputs.q_len):
+        alone = run(inputs.part(sequence, 0, rows) if len(inputs.k[sequence]) else inputs, device)
+        for actual, expected in zip(alone, together, strict=True):
+            at = 0 if len(inputs.k[sequence]) else sequence
+            assert_same_bits(actual[at], expected[sequence], f"sequence {sequence}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["chunk_896", "very_different_lengths", "eight_tokens"])
+def test_threads_do_not_change_bits(name: str, dtype: torch.dtype, device: str) -> None:
+    """1, 2 and 3 threads: the split over the keys depends on kv_len alone."""
+    inputs = attention_inputs(case("decode_attention", name), dtype)
+    outputs = []
+    for count in (1, 2, 3):
+        with threads(count):
+            outputs.append(run(inputs, device))
+    for other in outputs[1:]:
+        for actual, expected in zip(other, outputs[0], strict=True):
+            assert_same_bits(actual, expected)
+
+
+def test_empty_sequence_gives_zero_and_minus_infinity(device: str) -> None:
+    """kv_len == 0: out = 0, lse = -inf, whatever is in the cache."""
+    inputs = attention_inputs(case("decode_attention", "empty_cache"), torch.float32)
+    out, lse = run(inputs, device)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+
+
+def test_a_chunk_that_never_ends_is_plain_rope(device: str) -> None:
+    """Below chunk_len + 1 tokens, Dual Chunk positions and plain RoPE are one thing."""
+    inputs = attention_inputs(case("decode_attention", "page_edges"), torch.float32)
+    chunked = replace(inputs, chunk_size=160, local_size=31)
+    out, lse = run(inputs, device)
+    chunked_out, chunked_lse = run(chunked, device)
+    # The split may follow the chunk, so the bits may differ: the budget is that of rounding.
+    assert_close(chunked_out, out.double(), "attention/fp32")
+    assert_close(chunked_lse, lse.double(), "lse/fp32", "lse")
+
+
+def test_lse_is_optional(device: str) -> None:
+    """Without lse, `out` has the same bits."""
+    arguments = good_arguments("decode_attention", device)
+    with_lse = arguments["out"].clone()
+    ops.decode_attention(**(arguments | dict(out=with_lse)))
+    ops.decode_attention(**(arguments | dict(lse=None)))
+    assert_same_bits(arguments["out"], with_lse)
+
+
+def test_strides_of_small_tensors(device: str) -> None:
+    """lse, block_table, lengths and scales need not be contiguous."""
+    arguments = good_arguments("decode_attention", device)
+    ops.decode_attention(**arguments)
+    apart = arguments | dict(
+        out=torch.zeros_like(arguments["out"]),
+        lse=spread(torch.zeros_like(arguments["lse"])),
+        block_table=spread(arguments["block_table"]),
+        kv_len=spread(arguments["kv_len"]),
+        logit_scale=spread(arguments["logit_scale"]),
+    )
+    ops.decode_attention(**apart)
+    for name in ("out", "lse"):
+        assert_same_bits(apart[name], arguments[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_offsets_beyond_2_to_the_31(dtype: torch.dtype, device: str) -> None:
+    """Pages and batch rows more than 2^31 elements apart (never resident as a whole)."""
+    inputs = attention_inputs(case("decode_attention", "two_tokens"), dtype)
+    expected = run(inputs, device)
+    small = inputs.cache
+    pages = 2**31 // small.k_cache[0].numel() + 8
+    shift = pages - len(small.k_cache)
+    k_cache, v_cache = (
+        torch.empty((pages, *small.k_cache.shape[1:]), dtype=dtype, device=device) for _ in range(2)
+    )
+    k_cache[shift:], v_cache[shift:] = small.k_cache.to(device), small.v_cache.to(device)
+    shape, stride = expected[0].shape, 2**30 + 64  # 4 sequences: the last lies beyond 2^31
+    q = torch.empty(4 * stride, dtype=dtype, device=device).as_strided(
+        shape, (stride, 4 * 64, 64, 1)
+    )
+    q.copy_(inputs.q.unflatten(0, shape[:2]))
+    out = torch.empty_strided(shape, q.stride(), dtype=dtype, device=device)
+    lse = torch.zeros(shape[:3], device=device)
+    block_table = (small.block_table.long() + shift).clamp_max(2**31 - 1).int()
+    ops.decode_attention(
+        out,
+        lse,
+        q,
+        k_cache,
+        v_cache,
+        block_table.to(device),
+        inputs.kv_len.to(device),
+        inputs.logit_scale.to(device),
+        inputs.rope_table.to(device),
+        inputs.chunk_size,
+        inputs.local_size,
+    )
+    assert_same_bits(out.contiguous(), expected[0].contiguous())
+    assert_same_bits(lse, expected[1], "lse")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(out=lambda t: t.bfloat16()), ("out", "float32", "bfloat16")),
+        (dict(lse=lambda t: t.double()), ("lse", "float32", "float64")),
+        (dict(q=lambda t: t.double()), ("q", "float32", "float64")),
+        (dict(k_cache=lambda t: t.bfloat16()), ("k_cache", "float32", "bfloat16")),
+        (dict(v_cache=lambda t: t.bfloat16()), ("v_cache", "float32", "bfloat16")),
+        (dict(block_table=lambda t: t.long()), ("block_table", "int32", "int64")),
+        (dict(kv_len=lambda t: t.int()), ("kv_len", "int64", "int32")),
+        (dict(logit_scale=lambda t: t.double()), ("logit_scale", "float32", "float64")),
+        (dict(rope_table=lambda t: t.double()), ("rope_table", "float32", "float64")),
+        (dict(out=lambda t: t[:, :1]), ("out", "2", "1")),
+        (dict(lse=lambda t: t[:, :1]), ("lse", "2", "1")),
+        (dict(q=lambda t: t[0]), ("q", "[batch, q_tokens, q_heads, D]", "[2, 2, 16]")),
+        (dict(q=lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)), ("q", "contiguous")),
+        (dict(k_cache=lambda t: t[:, :, :64].contiguous()), ("k_cache", "128", "64")),
+        (dict(v_cache=lambda t: t[:3]), ("v_cache", "4", "3")),
+        (dict(kv_len=lambda t: t[:1]), ("kv_len", "2", "1")),
+        (dict(block_table=lambda t: t[:1]), ("block_table", "2", "1")),
+        (dict(logit_scale=lambda t: t[:1]), ("logit_scale", "2", "1")),
+        (dict(kv_len=lambda t: t + torch.tensor([127, 0])), ("kv_len", "256", "257")),
+        (dict(kv_len=lambda t: -t), ("kv_len", "-130")),
+        (dict(block_table=lambda t: t + torch.tensor([[1, 0], [0, 0]]).int()),
+         ("block_table", "4")),
+        (dict(block_table=lambda t: t - torch.tensor([[0, 2], [0, 0]]).int()),
+         ("block_table", "-1")),
+        (dict(logit_scale=lambda t: t * 0), ("logit_scale", "0")),
+        (dict(logit_scale=lambda t: t * float("nan")), ("logit_scale", "nan")),
+        (dict(rope_table=lambda t: t[:48]), ("rope_table", "49", "48")),
+        (dict(rope_table=lambda t: t[:, :7].contiguous()), ("rope_table", "8", "7")),
+        (dict(chunk_size=lambda _: 0), ("chunk_size", "0")),
+        (dict(local_size=lambda _: 48), ("local_size", "48")),
+        (dict(local_size=lambda _: -1), ("local_size", "-1")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, (dict, tuple)) else None,
+)  # fmt: skip
+def test_refuses(change: dict, text: tuple[str, ...], device: str) -> None:
+    """The error names the argument, the expectation and the value; nothing is written."""
+    refuses(
+        ops.decode_attention,
+        good_arguments("decode_attention", device),
+        change,
+        ("decode_attention", *text),
+    )

@@ -1,0 +1,135 @@
+"""Arguments that fit, then spoilt at random: an op runs or raises RuntimeError, it never crashes.
+
+A crash ends the test process, so that the whole run fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwen1m_ext import ops
+
+pytestmark = pytest.mark.soak
+FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+
+TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, PAGES, ROWS = 5, 4, 2, 16, 4, 64
+COLUMNS = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def integers(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def good_arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of one op that fit."""
+    rows = torch.randn(TOKENS, 24, dtype=dtype)
+    if op == "rms_norm":
+        return {
+            "out": torch.empty_like(rows),
+            "residual": rows.clone(),
+            "x": rows,
+            "weight": rows[0].clone(),
+            "eps": 1e-6,
+        }
+    if op == "swiglu":
+        return {"out": torch.empty_like(rows), "gate_up": torch.randn(TOKENS, 48, dtype=dtype)}
+    cache = torch.randn(PAGES, KV_HEADS, 128, HEAD_DIM, dtype=dtype)
+    q = torch.randn(TOKENS, Q_HEADS, HEAD_DIM, dtype=dtype)
+    shared = {"k_cache": cache, "v_cache": cache.clone()}
+    table = {"rope_table": torch.randn(ROWS, HEAD_DIM // 2, 2)}
+    if op == "qkv_rope_append":
+        return {
+            "q": q,
+            **shared,
+            "qkv": torch.randn(TOKENS, COLUMNS, dtype=dtype),
+            "bias": torch.randn(COLUMNS, dtype=dtype),
+            "positions": integers([0, 1, 2, 100, 5]),
+            "slot_mapping": integers([0, 511, -1, 127, 128]),
+            **table,
+            "chunk_len": 50,
+        }
+    paged = {
+        **shared,
+        "block_table": integers([[3, 1], [0, 2]], torch.int32),
+    }
+    lengths = {
+        "kv_len": integers([40, 200]),
+        "logit_scale": torch.tensor([0.25, 0.3]),
+        **table,
+        "chunk_size": 60,
+        "local_size": 10,
+    }
+    if op == "prefill_attention":
+        lse = torch.empty(TOKENS, Q_HEADS)
+        cu_q = {"cu_q": integers([0, 2, TOKENS])}
+        return {"out": torch.empty_like(q), "lse": lse, "q": q, **paged, **cu_q, **lengths}
+    q = torch.randn(2, 3, Q_HEADS, HEAD_DIM, dtype=dtype)
+    lse = torch.empty(2, 3, Q_HEADS)
+    return {"out": torch.empty_like(q), "lse": lse, "q": q, **paged, **lengths}
+
+
+NUMBERS = st.one_of(
+    st.integers(-3, 600), st.sampled_from([-(2**63), -(2**62), 2**31, 2**62, 2**63 - 1])
+)
+
+
+def spoil(value: Any, data: st.DataObject) -> Any:
+    """Another number, or a tensor of another type, shape, stride or content."""
+    if isinstance(value, float):
+        return data.draw(st.sampled_from([0.0, -1.0, 1e30]))
+    if isinstance(value, int):
+        return data.draw(NUMBERS)
+    way = data.draw(
+        st.sampled_from(["value", "dtype", "rank", "size", "stride", "expand", "empty"])
+    )
+    dim = data.draw(st.integers(0, value.dim() - 1))
+    if way == "value" and not value.is_floating_point():
+        limit = torch.iinfo(value.dtype)
+        number = max(limit.min, min(limit.max, data.draw(NUMBERS)))
+        value = value.clone()
+        value.view(-1)[data.draw(st.integers(0, value.numel() - 1))] = number
+        return value
+    if way in ("value", "dtype"):
+        types = [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.int8]
+        return value.to(data.draw(st.sampled_from(types)))
+    if way == "rank":
+        return value.unsqueeze(dim) if data.draw(st.booleans()) else value.select(dim, 0)
+    if way == "size":
+        return value.narrow(dim, 0, data.draw(st.integers(0, value.size(dim)))).contiguous()
+    if way == "stride":
+        other = data.draw(st.integers(0, value.dim() - 1))
+        return value.transpose(dim, other).contiguous().transpose(dim, other)
+    if way == "expand":
+        return value.narrow(dim, 0, 1).expand(value.shape)
+    return value.new_empty(0)
+
+
+@pytest.mark.parametrize("op", ops.OP_NAMES)
+def test_spoilt_arguments_never_crash(op):
+    """At most two arguments are spoilt, so that the later checks are reached too."""
+    outcomes = {"ran": 0, "raised": 0}
+
+    @FUZZ
+    @given(data=st.data(), dtype=FLOATS)
+    def run(data: st.DataObject, dtype: torch.dtype) -> None:
+        arguments = good_arguments(op, dtype)
+        for name in data.draw(
+            st.lists(st.sampled_from(sorted(arguments)), max_size=2, unique=True)
+        ):
+            arguments[name] = spoil(arguments[name], data)
+        try:
+            getattr(ops, op)(**arguments)
+        except RuntimeError as error:
+            assert f"{op}: " in str(error), error
+            outcomes["raised"] += 1
+        else:
+            outcomes["ran"] += 1
+
+    run()
+    assert min(outcomes.values()) > 100, outcomes
