@@ -125,7 +125,7 @@ struct Batch {
           const auto successive =
               token >= len ? rotated(row, h, std::min(token % len + len, shape.chunk_size)) : intra;
           const auto inter =
-              token >= 2 * len ? rotated(row, h, std::min(2 * len - 1, shape.chunk_size)) : intra;
+              token / len >= 2 ? rotated(row, h, std::min(2 * len - 1, shape.chunk_size)) : intra;
           for (int64_t j = 0; j <= token; ++j) {
             const int64_t distance = token / len - j / len;
             const auto& query = distance == 0 ? intra : distance == 1 ? successive : inter;

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference.attention import query_positions
 
 from qwen1m_ext import ops
 from qwen1m_ext._host import DualChunk
+from reference.attention import query_positions
 
 
 @pytest.mark.parametrize(
