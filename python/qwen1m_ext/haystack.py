@@ -156,15 +156,24 @@ def train_text() -> str:
 
 
 def make_sample(
-    tokens: int, *, seed: int, competing_keys: int = 20, depth: float | None = None
+    tokens: int,
+    *,
+    seed: int,
+    competing_keys: int = 20,
+    depth: float | None = None,
+    asked: int = 0,
 ) -> Sample:
     """Makes a haystack of held-out text in which one of several keys is asked for.
+
+    Samples that differ in `asked` alone share their haystack up to its last few characters, so that
+    a cached prefix serves all of them.
 
     Args:
         tokens: Exact length of the prompt in characters (= tokens of the demo checkpoint).
         seed: Seed of everything random in the sample.
         competing_keys: Number of needles with different keys and values.
-        depth: Place of the needle asked for, in [0, 1]; random if not given.
+        depth: Place of the first needle, in [0, 1]; random if not given.
+        asked: Index of the needle that is asked for.
 
     Raises:
         ValueError: If the needles and the question do not fit, or the arguments are out of range.
@@ -173,26 +182,31 @@ def make_sample(
         raise ValueError(f"competing_keys={competing_keys}, expected 1 to {len(KEY_WORDS)}")
     if depth is not None and not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth={depth}, expected a value in [0, 1]")
+    if not 0 <= asked < competing_keys:
+        raise ValueError(f"asked={asked}, expected 0 to {competing_keys - 1}")
     rng = random.Random(f"haystack {tokens} {competing_keys} {seed}")
     keys = rng.sample(KEY_WORDS, competing_keys)
     values = [str(number) for number in rng.sample(range(10000, 100000), competing_keys)]
     depths = [rng.random() for _ in keys]
     if depth is not None:
         depths[0] = depth
-    end = question_prompt(keys[0])
     needles = [needle(key, value) for key, value in zip(keys, values, strict=True)]
-    num_text = tokens - len(end) - sum(len(sentence) for sentence in needles)
-    if num_text < 0:
+    ends = [question_prompt(key) for key in keys]
+    room = tokens - sum(len(sentence) for sentence in needles)
+    # Needles are placed by the longest question, so that their places do not depend on `asked`.
+    shared = room - max(len(end) for end in ends)
+    if shared < 0:
         raise ValueError(f"tokens={tokens} is too short for {competing_keys} needles")
-    text = held_out_text(num_text, rng)
+    text = held_out_text(room - len(ends[asked]), rng)
     pieces: list[str] = []
     begin = 0
     for place, sentence in sorted(zip(depths, needles, strict=True)):
         # Behind the word that the depth falls into.
-        at = max(begin, round(place * num_text))
-        while at < num_text and not text[at].isspace():
+        at = max(begin, round(place * shared))
+        while at < shared and not text[at].isspace():
             at += 1
         pieces += [text[begin:at], sentence]
         begin = at
-    pieces += [text[begin:], end]
-    return Sample("".join(pieces), question(keys[0]), values[0], depths[0], competing_keys)
+    pieces += [text[begin:], ends[asked]]
+    prompt = "".join(pieces)
+    return Sample(prompt, question(keys[asked]), values[asked], depths[asked], competing_keys)

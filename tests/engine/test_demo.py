@@ -1,0 +1,61 @@
+"""The shipped demo model: it retrieves, ends its answers, fails with plain RoPE, and reports."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen1m_ext import LLM, SamplingParams, demo_model_path
+from qwen1m_ext.cli import main
+from qwen1m_ext.haystack import is_correct, make_sample
+
+SAMPLES = 8
+
+
+def correct(llm: LLM, tokens: int) -> int:
+    count = 0
+    for seed in range(SAMPLES):
+        sample = make_sample(tokens, seed=seed)
+        output = llm.generate(sample.prompt, SamplingParams(temperature=0, max_tokens=12))[0]
+        count += is_correct(output.outputs[0].text, sample)
+    return count
+
+
+def test_files_fit_the_package() -> None:
+    files = [path for path in demo_model_path().iterdir() if path.is_file()]
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json"} <= {path.name for path in files}  # fmt: skip
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+
+
+def test_it_retrieves_at_its_length_and_beyond() -> None:
+    """The measured accuracies are 97 % and more (recipes/tiny); 6 of 8 leaves room for luck."""
+    llm = LLM(demo_model_path(), max_model_len=8300)
+    assert correct(llm, 2048) >= SAMPLES - 2
+    assert correct(llm, 8192) >= SAMPLES - 2
+
+
+def test_plain_rope_fails_beyond_the_trained_length() -> None:
+    llm = LLM(demo_model_path(), max_model_len=8300, rope="plain")
+    assert correct(llm, 2048) >= SAMPLES - 2
+    assert correct(llm, 8192) <= 1
+
+
+def test_the_answer_ends_by_itself() -> None:
+    llm = LLM(demo_model_path(), max_model_len=2200)
+    sample = make_sample(2048, seed=1)
+    output = llm.generate(sample.prompt, SamplingParams(temperature=0, max_tokens=32))[0]
+    assert output.outputs[0].finish_reason == "stop"
+
+
+def test_the_command_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["demo", "--tokens", "2k", "--seed", "1"])
+    out = capsys.readouterr().out
+    for word in ("seed      1", "question  What is the magic number of", "expected", "tokens",
+                 "peak memory"):  # fmt: skip
+        assert word in out
+    assert status == (0 if "CORRECT" in out else 1)
+
+
+def test_the_command_runs_plain_rope(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--tokens", "4k", "--seed", "1", "--rope", "plain"]) == 0
+    assert "plain RoPE" in capsys.readouterr().out
