@@ -1,6 +1,7 @@
 """CPU attention against torch SDPA in both of its forms, and decode against reading the cache.
 
-    python bench/attention_cpu.py [--pairs 5] [--threads 2] [--case prefill decode] [--quick]
+    python bench/attention_cpu.py [--pairs 5] [--threads 2] [--max-tflop 10]
+        [--prefill 8192 32768] [--decode 32768 131072]
 
 Both peers get contiguous keys; one is scaled_dot_product_attention with enable_gqa=True on the KV
 heads, the other has keys and values expanded to the query heads beforehand (the copy is not timed).
@@ -143,32 +144,28 @@ def measure(case: Case, pairs: int, what: str, dtype: torch.dtype) -> list[dict[
 def main() -> None:
     """Run the cases and save the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument(
+        "--pairs", type=int, default=5, help="of prefill; decode takes 5 times as many"
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--case", nargs="+", choices=["prefill", "decode"],
-                        default=["prefill", "decode"])  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="short sequences only")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 32768], help="tokens")
+    parser.add_argument("--decode", type=int, nargs="*", default=[32768, 131072], help="tokens")
+    parser.add_argument("--max-tflop", type=float, default=10, help="leave out longer prefills")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     bf16, fp32 = torch.bfloat16, torch.float32
-    lengths = [8192] if arguments.quick else [8192, 32768]
-    decode_lengths = [32768] if arguments.quick else [32768, 131072]
     start = environment()
     rows = []
-    if "prefill" in arguments.case:
-        for heads in HEADS:
-            for tokens in lengths:
-                rows += measure(
-                    make_case(tokens, tokens, heads, bf16), arguments.pairs, "prefill", bf16
-                )
-        rows += measure(make_case(8192, 8192, HEADS[0], fp32), arguments.pairs, "prefill", fp32)
-    if "decode" in arguments.case:
-        for heads in HEADS:
-            for tokens in decode_lengths:
-                rows += measure(
-                    make_case(tokens, 1, heads, bf16), 5 * arguments.pairs, "decode", bf16
-                )
+    prefill = [(tokens, heads, bf16) for heads in HEADS for tokens in arguments.prefill]
+    prefill += [(tokens, HEADS[0], fp32) for tokens in arguments.prefill[:1]]
+    for tokens, heads, dtype in prefill:
+        if 2e-12 * tokens**2 * heads[0] * heads[2] <= arguments.max_tflop:
+            case = make_case(tokens, tokens, heads, dtype)
+            rows += measure(case, arguments.pairs, "prefill", dtype)
+    for heads in HEADS:
+        for tokens in arguments.decode:
+            rows += measure(make_case(tokens, 1, heads, bf16), 5 * arguments.pairs, "decode", bf16)
     print(write("cpu/attention", start, rows))
 
 

@@ -419,7 +419,10 @@ void check_bits() {
       for (int width = 0; width < kernels.count; ++width) {
         EXPECT(whole == prefill(batch, {kernels.data + width, 1}, 2));
       }
-      for (const int64_t step : {1, 7, 48, 129}) {
+      // Software tiles are slow, and one step meets their tile edges as well.
+      const bool slow = name.starts_with("amx_software");
+      for (const int64_t step :
+           slow ? std::vector<int64_t>{48} : std::vector<int64_t>{1, 7, 48, 129}) {
         for (int64_t begin = 0; begin < 300; begin += step < 8 ? 5 * step + 6 : step) {
           const Result<T> part = prefill(batch, kernels, 2, begin, begin + step);
           // Where the rows of this part are in `whole`: sequence by sequence.

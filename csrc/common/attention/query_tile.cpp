@@ -131,7 +131,7 @@ void TileWalker::visit_page(const QueryTile& tile, int64_t page, int64_t key_beg
   PageTile page_tile = kernel_->pack_page(k, v, dim, lo, hi, k_pack_, v_pack_);
   page_tile.begin = begin;
   page_tile.page_bytes = kPageSize * dim * element_size(context_.dtype);
-  if (begin + kPageSize < walk_end_) {
+  if (begin + kPageSize < fetch_end_) {
     page_tile.next_k = page_rows(context_.k_cache, tile, page + 1);
     page_tile.next_v = page_rows(context_.v_cache, tile, page + 1);
   }
@@ -143,9 +143,10 @@ void TileWalker::visit_page(const QueryTile& tile, int64_t page, int64_t key_beg
   }
 }
 
-void TileWalker::walk(const QueryTile& tile, int64_t key_begin, int64_t key_end) {
+void TileWalker::walk(const QueryTile& tile, int64_t key_begin, int64_t key_end,
+                      int64_t fetch_end) {
   const DualChunk& chunks = context_.dual_chunk;
-  walk_end_ = std::min(key_end, tile.last_token() + 1);
+  fetch_end_ = std::min(fetch_end, tile.last_token() + 1);
   start(tile);
   alignas(64) std::byte saved[kSavedStateBytes];
   if (kernel_->begin != nullptr) kernel_->begin(saved);
@@ -155,7 +156,7 @@ void TileWalker::walk(const QueryTile& tile, int64_t key_begin, int64_t key_end)
   const int64_t borders[] = {0, successive, intra, tile.last_token() + 1};
   for (int stage = 0; stage < 3; ++stage) {
     const int64_t begin = std::max(borders[stage], key_begin);
-    const int64_t end = std::min(borders[stage + 1], walk_end_);
+    const int64_t end = std::min(borders[stage + 1], key_end);
     if (begin >= end) continue;
     rotate_queries(tile, static_cast<Stage>(stage));
     for (int64_t page = begin / kPageSize; page * kPageSize < end; ++page) {

@@ -77,8 +77,9 @@ class TileWalker {
   TileWalker(BlockKernels, const AttentionContext&, int64_t max_rows);
 
   /// Attends `tile` to its visible keys in [key_begin, key_end), starting from nothing.
-  /// Keys are visited in ascending order: inter, successive, intra (dual_chunk.h).
-  void walk(const QueryTile& tile, int64_t key_begin, int64_t key_end);
+  /// Keys are visited in ascending order: inter, successive, intra (dual_chunk.h). A hint: this
+  /// walker goes on with the same tile up to key fetch_end.
+  void walk(const QueryTile& tile, int64_t key_begin, int64_t key_end, int64_t fetch_end);
 
   /// The state of row (token - first_token) * group + head of the tile that was walked last.
   AttentionRow row(int64_t index) const;
@@ -100,7 +101,7 @@ class TileWalker {
   const AttentionContext& context_;
   std::unique_ptr<float[], Free> memory_;
   std::vector<LaneBlock> blocks_;
-  int64_t num_rows_ = 0, num_blocks_ = 0, walk_end_ = 0;  // of the walk at hand
+  int64_t num_rows_ = 0, num_blocks_ = 0, fetch_end_ = 0;  // of the walk at hand
   float *rotated_, *k_pack_, *v_pack_, *scores_;
 };
 

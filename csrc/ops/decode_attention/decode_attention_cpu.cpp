@@ -18,8 +18,8 @@ namespace {
 
 /// Keys of a piece. Absolute multiples: the cut depends on kv_len alone, and a piece's result not
 /// even on that. A partial result is (D + 2) floats per row against 2 D elements per key that were
-/// read for it: about 1 % of the traffic for the 7 rows of a KV head of Qwen2.5-7B in bf16.
-constexpr int64_t kPieceKeys = 8 * kPageSize;
+/// read for it: less than 1 % of the traffic for the 7 rows of a KV head of Qwen2.5-7B in bf16.
+constexpr int64_t kPieceKeys = 16 * kPageSize;
 
 struct Task {
   QueryTile tile;
@@ -55,6 +55,25 @@ std::vector<Task> cut_tiles(const DecodeAttentionParams& p, const AttentionConte
     });
   }
   return tasks;
+}
+
+/// Neighbouring pieces that one worker takes, so that the next piece's first page is on its way
+/// when the last one ends. The number of workers may decide here: a piece's result does not notice.
+struct Run {
+  const Task* task;
+  int64_t begin, end;  // pieces
+};
+
+std::vector<Run> cut_runs(const std::vector<Task>& tasks, int64_t num_pieces, int64_t workers) {
+  constexpr int64_t kRunsPerWorker = 8;
+  const int64_t length = std::max<int64_t>(1, num_pieces / (kRunsPerWorker * workers));
+  std::vector<Run> runs;
+  for (const Task& task : tasks) {
+    for (int64_t begin = 0; begin < task.num_pieces; begin += length) {
+      runs.push_back({&task, begin, std::min(begin + length, task.num_pieces)});
+    }
+  }
+  return runs;
 }
 
 /// o (D values), m, l of one row.
@@ -124,22 +143,18 @@ void decode_attention_cpu(const DecodeAttentionParams& p, const ParallelFor& par
   const std::vector<Task> tasks = cut_tiles(p, context);
   if (tasks.empty()) return;
 
-  struct Piece {
-    const Task* task;
-    int64_t index;
-  };
-  std::vector<Piece> pieces;
-  int64_t max_rows = 0, num_partials = 0;
+  int64_t max_rows = 0, num_partials = 0, num_pieces = 0;
   for (const Task& task : tasks) {
     const int64_t rows = task.tile.num_tokens * context.group;
     max_rows = std::max(max_rows, rows);
     num_partials += task.num_pieces * rows;
-    for (int64_t i = 0; i < task.num_pieces; ++i) pieces.push_back({&task, i});
+    num_pieces += task.num_pieces;
   }
+  const std::vector<Run> runs = cut_runs(tasks, num_pieces, parallel_for.max_workers);
 
   const int64_t floats = partial_floats(context);
-  const auto num_pieces = static_cast<int64_t>(pieces.size());
-  const int64_t workers = std::min<int64_t>(num_pieces, parallel_for.max_workers);
+  const auto num_runs = static_cast<int64_t>(runs.size());
+  const int64_t workers = std::min<int64_t>(num_runs, parallel_for.max_workers);
   std::vector<TileWalker> walkers;
   for (int64_t i = 0; i < workers; ++i) walkers.emplace_back(kernels, context, max_rows);
   // Not a vector: zeroing what is written anyway would cost a pass over it.
@@ -148,14 +163,16 @@ void decode_attention_cpu(const DecodeAttentionParams& p, const ParallelFor& par
   float* const partials = memory.get();
   float* const merged = partials + num_partials * floats;
 
-  parallel_for(num_pieces, [&](int64_t i, int worker) {
-    const auto [task, index] = pieces[static_cast<size_t>(i)];
+  parallel_for(num_runs, [&](int64_t i, int worker) {
+    const auto [task, begin, end] = runs[static_cast<size_t>(i)];
     TileWalker& walker = walkers[static_cast<size_t>(worker)];
-    walker.walk(task->tile, index * kPieceKeys, (index + 1) * kPieceKeys);
     const int64_t rows = task->tile.num_tokens * context.group;
-    float* partial = partials + (task->first_partial + index * rows) * floats;
-    for (int64_t r = 0; r < rows; ++r) {
-      store_partial(walker.row(r), context.head_dim, partial + r * floats);
+    for (int64_t piece = begin; piece < end; ++piece) {
+      walker.walk(task->tile, piece * kPieceKeys, (piece + 1) * kPieceKeys, end * kPieceKeys);
+      float* partial = partials + (task->first_partial + piece * rows) * floats;
+      for (int64_t r = 0; r < rows; ++r) {
+        store_partial(walker.row(r), context.head_dim, partial + r * floats);
+      }
     }
   });
   parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {

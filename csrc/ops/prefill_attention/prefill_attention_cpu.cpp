@@ -95,7 +95,8 @@ void prefill_attention_cpu(const PrefillAttentionParams& p, const ParallelFor& p
   parallel_for(num_tasks, [&](int64_t i, int worker) {
     const Task& task = tasks[static_cast<size_t>(i)];
     TileWalker& walker = walkers[static_cast<size_t>(worker)];
-    walker.walk(task.tile, 0, task.tile.last_token() + 1);
+    const int64_t end = task.tile.last_token() + 1;
+    walker.walk(task.tile, 0, end, end);
     dispatch_dtype(p.out.dtype,
                    [&](auto zero) { store_tile<decltype(zero)>(p, task, context.group, walker); });
   });
