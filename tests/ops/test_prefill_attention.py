@@ -247,6 +247,8 @@ def test_offsets_beyond_2_to_the_31(dtype: torch.dtype, device: str) -> None:
     [
         (dict(out=lambda t: t.bfloat16()), ("out", "float32", "bfloat16")),
         (dict(lse=lambda t: t.double()), ("lse", "float32", "float64")),
+        (dict(out=lambda t: t.as_strided(t.shape, (16, 16, 1))), ("out", "overlap")),
+        (dict(lse=lambda t: t[:, :1].expand(t.shape)), ("lse", "overlap")),
         (dict(q=lambda t: t.double()), ("q", "float32", "float64")),
         (dict(k_cache=lambda t: t.bfloat16()), ("k_cache", "float32", "bfloat16")),
         (dict(v_cache=lambda t: t.bfloat16()), ("v_cache", "float32", "bfloat16")),

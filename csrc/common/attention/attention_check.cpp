@@ -1,8 +1,10 @@
 #include "common/attention/attention_check.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
+#include <utility>
 
 namespace qwen1m {
 namespace {
@@ -11,14 +13,21 @@ std::string element(const char* name, int64_t index) {
   return std::string(name) + "[" + std::to_string(index) + "]";
 }
 
-/// `view` is written: rows of D elements must be apart, as they are not in an expanded tensor.
-template <int Rank>
-void check_rows_apart(const ArgCheck& args, const char* name, const AnyView<Rank>& view) {
-  for (int dim = 0; dim + 1 < Rank; ++dim) {
-    if (view.size(dim) > 1 && view.stride(dim) < view.size(Rank - 1)) {
-      args.fail(name, "rows that do not overlap, because they are written",
+/// `view` is written, so no two of its elements may share an address, as they do in an expanded
+/// tensor: from the smallest stride up, each must step over all that lies inside.
+template <typename View>
+void check_no_overlap(const ArgCheck& args, const char* name, const View& view) {
+  std::array<std::pair<int64_t, int64_t>, std::tuple_size_v<decltype(view.sizes)>> dims;
+  for (size_t i = 0; i < dims.size(); ++i) dims[i] = {view.strides[i], view.sizes[i]};
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : dims) {
+    if (size <= 1) continue;
+    if (stride < extent) {
+      args.fail(name, "elements that do not overlap, because they are written",
                 "shape " + shape_text(view.sizes) + " with strides " + shape_text(view.strides));
     }
+    extent += stride * (size - 1);
   }
 }
 
@@ -31,7 +40,8 @@ void check_common(ArgCheck& args, const Params& p) {
   args.dense_from(kLastDim, "q", p.q);
   args.same_dtype("out", p.out, "q", p.q);
   args.dense_from(kLastDim, "out", p.out);
-  check_rows_apart(args, "out", p.out);
+  check_no_overlap(args, "out", p.out);
+  if (p.lse) check_no_overlap(args, "lse", p.lse);
 
   args.shape("k_cache", p.k_cache, {"pages", "kv_heads", kPageSize, "D"});
   args.same_dtype("k_cache", p.k_cache, "q", p.q);

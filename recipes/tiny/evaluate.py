@@ -1,0 +1,117 @@
+"""Retrieval accuracy of a checkpoint, measured with the engine.
+
+Greedy decoding; all digits must match. Every sample is one line of the result file, written at
+once: a run that was stopped continues where it was, and a larger --samples adds to what is there.
+
+By default every sample has a haystack of its own. With `--questions N`, N of the keys of each
+haystack are asked, and the haystack is prefilled once: cheaper, but the N samples are not
+independent. (All prompts of one haystack have the same length and so the same attention
+temperature: the shared cache changes nothing but the rounding.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import qwen1m_ext
+from qwen1m_ext import LLM, SamplingParams
+from qwen1m_ext.haystack import is_correct, make_sample
+
+MAX_TOKENS = 12  # a space, five digits, a full stop, <|im_end|>, and room for an error
+NUM_BINS = 5
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the finished samples; a last line cut by a kill is ignored."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"ignored a damaged line of {path}")
+    return records
+
+
+def summarise(records: Iterable[dict[str, Any]]) -> str:
+    """Returns a table of correct / all samples for each length and depth of the needle."""
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for record in records:
+        name = (record["rope"], record["length"], record["keys"])
+        groups.setdefault(name, []).append(record)
+    width = 100 // NUM_BINS
+    bins = " | ".join(f"{i * width}-{(i + 1) * width} %" for i in range(NUM_BINS))
+    lines = [
+        f"| rope | length | keys | correct | accuracy | {bins} | s/sample |",
+        "|" + "---|" * (NUM_BINS + 6),
+    ]
+    for (rope, length, keys), group in sorted(groups.items()):
+        cells = []
+        for i in range(NUM_BINS):
+            inside = [r for r in group if min(int(r["depth"] * NUM_BINS), NUM_BINS - 1) == i]
+            cells.append(f"{sum(r['correct'] for r in inside)}/{len(inside)}")
+        correct = sum(r["correct"] for r in group)
+        seconds = sum(r["seconds"] for r in group) / len(group)
+        lines.append(
+            f"| {rope} | {length} | {keys} | {correct}/{len(group)} | {correct / len(group):.3f} "
+            f"| {' | '.join(cells)} | {seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    default_model = Path(qwen1m_ext.__file__).parent / "demo_model"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=default_model)
+    parser.add_argument("--lengths", default="2048,8192,32768", help="tokens of the prompts")
+    parser.add_argument("--samples", type=int, default=40, help="samples of each length")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample")
+    parser.add_argument("--keys", type=int, default=20, help="competing keys in a haystack")
+    parser.add_argument("--questions", type=int, default=1, help="keys asked of each haystack")
+    parser.add_argument("--rope", choices=("dca", "plain"), default="dca")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, default=Path("results.jsonl"))
+    args = parser.parse_args()
+
+    lengths = [int(length) for length in args.lengths.split(",")]
+    done = {(r["rope"], r["length"], r["keys"], r["seed"], r["asked"]) for r in read(args.out)}
+    todo = [
+        (length, args.seed + i // args.questions, i % args.questions)
+        for length in lengths
+        for i in range(args.samples)
+        if (args.rope, length, args.keys, args.seed + i // args.questions, i % args.questions)
+        not in done
+    ]
+    if todo:
+        llm = LLM(
+            str(args.model), dtype=args.dtype, max_model_len=max(lengths) + MAX_TOKENS,
+            rope=args.rope,
+        )  # fmt: skip
+        params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+        session = llm.open_session()
+    for length, seed, asked in todo:
+        sample = make_sample(length, seed=seed, competing_keys=args.keys, asked=asked)
+        start = time.monotonic()
+        *_, output = llm.stream(sample.prompt, params, session=session)
+        text = output.outputs[0].text
+        record = {
+            "rope": args.rope, "length": length, "keys": args.keys, "seed": seed,
+            "asked": asked, "depth": round(sample.depth, 4), "question": sample.question,
+            "answer": sample.answer, "generated": text, "correct": is_correct(text, sample),
+            "seconds": round(time.monotonic() - start, 2),
+        }  # fmt: skip
+        with args.out.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        verdict = "ok" if record["correct"] else "WRONG"
+        print(
+            f"{length} seed {seed}/{asked} depth {sample.depth:.2f}: {verdict} {text!r}", flush=True
+        )
+    print(summarise(read(args.out)))
+
+
+if __name__ == "__main__":
+    main()
