@@ -42,8 +42,8 @@ soak: $(VENV)/.installed-test
 	@echo "== Long Python tests"
 	$(RUN) python -m pytest -m soak
 
-bench: $(VENV)/.installed
-	@for script in bench/*.py; do echo "== $$script"; $(RUN) python "$$script" || exit 1; done
+bench: $(VENV)/.installed-bench
+	@for script in bench/*_cpu.py; do echo "== $$script"; $(RUN) python "$$script" || exit 1; done
 
 lint: $(VENV)/.installed-lint
 	$(RUN) ruff check .
