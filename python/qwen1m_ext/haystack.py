@@ -162,6 +162,7 @@ def make_sample(
     competing_keys: int = 20,
     depth: float | None = None,
     asked: int = 0,
+    alike: bool = False,
 ) -> Sample:
     """Makes a haystack of held-out text in which one of several keys is asked for.
 
@@ -174,18 +175,23 @@ def make_sample(
         competing_keys: Number of needles with different keys and values.
         depth: Place of the first needle, in [0, 1]; random if not given.
         asked: Index of the needle that is asked for.
+        alike: Whether keys may begin alike (cedar and cellar), which is harder for a model that
+            reads letters. Otherwise no two keys share their first two letters.
 
     Raises:
         ValueError: If the needles and the question do not fit, or the arguments are out of range.
     """
-    if not 1 <= competing_keys <= len(KEY_WORDS):
-        raise ValueError(f"competing_keys={competing_keys}, expected 1 to {len(KEY_WORDS)}")
+    most = len(KEY_WORDS) if alike else len({word[:2] for word in KEY_WORDS})
+    if not 1 <= competing_keys <= most:
+        raise ValueError(f"competing_keys={competing_keys}, expected 1 to {most}")
     if depth is not None and not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth={depth}, expected a value in [0, 1]")
     if not 0 <= asked < competing_keys:
         raise ValueError(f"asked={asked}, expected 0 to {competing_keys - 1}")
     rng = random.Random(f"haystack {tokens} {competing_keys} {seed}")
-    keys = rng.sample(KEY_WORDS, competing_keys)
+    keys = rng.sample(KEY_WORDS, competing_keys if alike else len(KEY_WORDS))
+    if not alike:  # the first word of each beginning, in the order drawn
+        keys = list({word[:2]: word for word in reversed(keys)}.values())[-competing_keys:]
     values = [str(number) for number in rng.sample(range(10000, 100000), competing_keys)]
     depths = [rng.random() for _ in keys]
     if depth is not None:

@@ -39,9 +39,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def summarise(records: Iterable[dict[str, Any]]) -> str:
     """Returns a table of correct / all samples for each length and depth of the needle."""
-    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for record in records:
-        name = (record["rope"], record["length"], record["keys"])
+        keys = f"{record['keys']} alike" if record["alike"] else f"{record['keys']}"
+        name = (record["rope"], record["length"], keys)
         groups.setdefault(name, []).append(record)
     width = 100 // NUM_BINS
     bins = " | ".join(f"{i * width}-{(i + 1) * width} %" for i in range(NUM_BINS))
@@ -72,20 +73,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first sample")
     parser.add_argument("--keys", type=int, default=20, help="competing keys in a haystack")
     parser.add_argument("--questions", type=int, default=1, help="keys asked of each haystack")
+    parser.add_argument("--alike", action="store_true", help="keys may begin alike: harder")
     parser.add_argument("--rope", choices=("dca", "plain"), default="dca")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"))
     args = parser.parse_args()
 
     lengths = [int(length) for length in args.lengths.split(",")]
-    done = {(r["rope"], r["length"], r["keys"], r["seed"], r["asked"]) for r in read(args.out)}
-    todo = [
+    done = {
+        (r["rope"], r["length"], r["keys"], r["alike"], r["seed"], r["asked"])
+        for r in read(args.out)
+    }
+    wanted = [
         (length, args.seed + i // args.questions, i % args.questions)
         for length in lengths
         for i in range(args.samples)
-        if (args.rope, length, args.keys, args.seed + i // args.questions, i % args.questions)
-        not in done
     ]
+    todo = [w for w in wanted if (args.rope, w[0], args.keys, args.alike, *w[1:]) not in done]
     if todo:
         llm = LLM(
             str(args.model), dtype=args.dtype, max_model_len=max(lengths) + MAX_TOKENS,
@@ -94,12 +98,14 @@ def main() -> None:
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
         session = llm.open_session()
     for length, seed, asked in todo:
-        sample = make_sample(length, seed=seed, competing_keys=args.keys, asked=asked)
+        sample = make_sample(length, seed=seed, competing_keys=args.keys, asked=asked,
+                             alike=args.alike)  # fmt: skip
         start = time.monotonic()
         *_, output = llm.stream(sample.prompt, params, session=session)
         text = output.outputs[0].text
         record = {
             "rope": args.rope, "length": length, "keys": args.keys, "seed": seed,
+            "alike": args.alike,
             "asked": asked, "depth": round(sample.depth, 4), "question": sample.question,
             "answer": sample.answer, "generated": text, "correct": is_correct(text, sample),
             "seconds": round(time.monotonic() - start, 2),

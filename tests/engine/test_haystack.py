@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 
 import pytest
 
@@ -43,6 +44,16 @@ def test_questions_on_one_haystack_share_it() -> None:
     prompts = [make_sample(8192, seed=3, asked=i).prompt for i in range(20)]
     assert len(os.path.commonprefix(prompts)) > 8192 - 120
     assert len(set(prompts)) == 20
+
+
+def test_keys_begin_differently_unless_alike_ones_are_asked_for() -> None:
+    def beginnings(alike: bool) -> list[int]:
+        prompts = (make_sample(4096, seed=seed, alike=alike).prompt for seed in range(20))
+        found = (re.findall(r"magic number of (\w+) is \d", prompt) for prompt in prompts)
+        return [len({key[:2] for key in keys}) for keys in found]
+
+    assert set(beginnings(False)) == {20}
+    assert min(beginnings(True)) < 20
 
 
 def test_depth_is_where_the_fact_lies() -> None:
