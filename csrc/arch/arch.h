@@ -325,6 +325,7 @@ Q1M_DEVICE float reciprocal_approx(float x);       // rcp.approx.ftz.f32
 Q1M_DEVICE uint32_t pack_bf16(float low, float high);  // cvt.rn.bf16x2.f32
 Q1M_DEVICE float bf16_low(uint32_t pair);   // the lower half as fp32, exact
 Q1M_DEVICE float bf16_high(uint32_t pair);
+Q1M_DEVICE float as_float(uint32_t bits);
 
 // --- Programmatic dependent launch (9.7.13.13) -----------------------------------------------
 

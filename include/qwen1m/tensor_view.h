@@ -1,6 +1,7 @@
 #pragma once
 /// Non-owning views: pointer, sizes and strides. Sizes and strides are in elements and 64-bit,
-/// because one million tokens times heads times head_dim overflows 32 bits.
+/// because one million tokens times heads times head_dim overflows 32 bits. Everything is constexpr,
+/// so that device code may call it (nvcc --expt-relaxed-constexpr).
 
 #include <array>
 #include <cstddef>
@@ -17,13 +18,13 @@ struct TensorView {
   std::array<int64_t, Rank> sizes{};
   std::array<int64_t, Rank> strides{};
 
-  int64_t size(int dim) const { return sizes[static_cast<size_t>(dim)]; }
-  int64_t stride(int dim) const { return strides[static_cast<size_t>(dim)]; }
-  explicit operator bool() const { return data != nullptr; }
+  constexpr int64_t size(int dim) const { return sizes[static_cast<size_t>(dim)]; }
+  constexpr int64_t stride(int dim) const { return strides[static_cast<size_t>(dim)]; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 
   /// Address of an element; trailing indices may be left out (they are 0).
   template <typename... Index>
-  T* at(Index... index) const {
+  constexpr T* at(Index... index) const {
     static_assert(sizeof...(Index) <= Rank);
     int64_t offset = 0;
     size_t dim = 0;
@@ -40,13 +41,13 @@ struct AnyView {
   std::array<int64_t, Rank> sizes{};
   std::array<int64_t, Rank> strides{};
 
-  int64_t size(int dim) const { return sizes[static_cast<size_t>(dim)]; }
-  int64_t stride(int dim) const { return strides[static_cast<size_t>(dim)]; }
-  explicit operator bool() const { return data != nullptr; }
+  constexpr int64_t size(int dim) const { return sizes[static_cast<size_t>(dim)]; }
+  constexpr int64_t stride(int dim) const { return strides[static_cast<size_t>(dim)]; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 
   /// The same view with its element type spelled out. The caller has checked `dtype`.
   template <typename T>
-  TensorView<T, Rank> as() const {
+  constexpr TensorView<T, Rank> as() const {
     return {static_cast<T*>(data), sizes, strides};
   }
 };
