@@ -24,14 +24,13 @@ struct Arguments {
 };
 
 #define Q1M_PROBE(name)                                                                            \
-  static Q1M_DEVICE                                                                                \
-  void name##_body(const Arguments& p, Shared<Plan> shared, Shared<Mbarrier> bar,                  \
-                   Shared<Vec16> row);                                                             \
+  static Q1M_DEVICE void name##_body(const Arguments& p, Shared<Plan> shared,                      \
+                                     Shared<Mbarrier> bar, Shared<Vec16> row);                     \
   extern "C" __global__ void __launch_bounds__(128, 1) name(const __grid_constant__ Arguments p) { \
     const auto shared = arch::shared_memory<Plan>();                                               \
     name##_body(p, shared, Q1M_SHARED_MEMBER(shared, bar),                                         \
                 Q1M_SHARED_MEMBER(shared, tile)[arch::thread_index()]);                            \
   }                                                                                                \
-  static Q1M_DEVICE                                                                                \
-  void name##_body([[maybe_unused]] const Arguments& p, [[maybe_unused]] Shared<Plan> shared,      \
-                   [[maybe_unused]] Shared<Mbarrier> bar, [[maybe_unused]] Shared<Vec16> row)
+  static Q1M_DEVICE void name##_body(                                                              \
+      [[maybe_unused]] const Arguments& p, [[maybe_unused]] Shared<Plan> shared,                   \
+      [[maybe_unused]] Shared<Mbarrier> bar, [[maybe_unused]] Shared<Vec16> row)

@@ -38,8 +38,7 @@ Q1M_PROBE(launch_dependents) { arch::launch_dependents(); }
 
 // d = a b + a b of one tile; the accumulator goes out so that nothing is left away.
 template <int kN, bool kRegisters, arch::Major kMajorA, arch::Major kMajorB>
-static Q1M_DEVICE
-void wgmma(const Arguments& p, Shared<Vec16> row) {
+static Q1M_DEVICE void wgmma(const Arguments& p, Shared<Vec16> row) {
   const uint64_t a = arch::matrix_descriptor(row.address, 0, 1024, arch::Swizzle::k128);
   const uint64_t b = arch::matrix_descriptor(row.address + 8192, 8192, 1024, arch::Swizzle::k128);
   float d[kN / 2];

@@ -11,8 +11,7 @@ namespace detail {
 
 /// The bits of a T as 16-, 32- or 64-bit words, which is what a PTX register holds.
 template <typename To, typename From>
-Q1M_DEVICE
-To bits_as(const From& from) {
+Q1M_DEVICE To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable_v<To>);
   To to;
   __builtin_memcpy(&to, &from, sizeof(To));
@@ -26,15 +25,13 @@ struct alignas(8) Words2 {
 }  // namespace detail
 
 template <typename Layout>
-Q1M_DEVICE
-Shared<Layout> shared_memory() {
+Q1M_DEVICE Shared<Layout> shared_memory() {
   extern __shared__ __align__(1024) unsigned char q1m_dynamic_shared[];
   return {static_cast<uint32_t>(__cvta_generic_to_shared(q1m_dynamic_shared))};
 }
 
 template <typename T>
-Q1M_DEVICE
-T shared_load(Shared<T> from) {
+Q1M_DEVICE T shared_load(Shared<T> from) {
   using detail::bits_as;
   if constexpr (sizeof(T) == 2) {
     uint16_t v;
@@ -63,8 +60,7 @@ T shared_load(Shared<T> from) {
 }
 
 template <typename T>
-Q1M_DEVICE
-void shared_store(Shared<T> to, T value) {
+Q1M_DEVICE void shared_store(Shared<T> to, T value) {
   using detail::bits_as;
   if constexpr (sizeof(T) == 2) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(to.address), "h"(bits_as<uint16_t>(value))
@@ -89,8 +85,7 @@ void shared_store(Shared<T> to, T value) {
 namespace detail {
 
 /// Address in the .global window, for the forms of an instruction that name the state space.
-Q1M_DEVICE
-uint64_t global_address(const void* pointer) {
+Q1M_DEVICE uint64_t global_address(const void* pointer) {
   return static_cast<uint64_t>(__cvta_generic_to_global(pointer));
 }
 
@@ -129,16 +124,17 @@ uint64_t global_address(const void* pointer) {
   }
 
 template <typename T>
-Q1M_DEVICE
-T global_load(const T* from) { Q1M_GLOBAL_LOAD(".nc", T, from) }
+Q1M_DEVICE T global_load(const T* from) {
+  Q1M_GLOBAL_LOAD(".nc", T, from)
+}
 template <typename T>
-Q1M_DEVICE
-T global_load_coherent(const T* from) { Q1M_GLOBAL_LOAD("", T, from) }
+Q1M_DEVICE T global_load_coherent(const T* from) {
+  Q1M_GLOBAL_LOAD("", T, from)
+}
 #undef Q1M_GLOBAL_LOAD
 
 template <typename T>
-Q1M_DEVICE
-void global_store(T* to, T value) {
+Q1M_DEVICE void global_store(T* to, T value) {
   using detail::bits_as;
   const uint64_t at = detail::global_address(to);
   if constexpr (sizeof(T) == 1) {
@@ -161,8 +157,7 @@ void global_store(T* to, T value) {
   }
 }
 
-Q1M_DEVICE
-uint32_t global_load_acquire(const uint32_t* from) {
+Q1M_DEVICE uint32_t global_load_acquire(const uint32_t* from) {
   uint32_t v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
                : "=r"(v)
@@ -171,14 +166,12 @@ uint32_t global_load_acquire(const uint32_t* from) {
   return v;
 }
 
-Q1M_DEVICE
-void global_store_release(uint32_t* to, uint32_t value) {
+Q1M_DEVICE void global_store_release(uint32_t* to, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(detail::global_address(to)), "r"(value)
                : "memory");
 }
 
-Q1M_DEVICE
-uint32_t atomic_add(uint32_t* at, uint32_t value) {
+Q1M_DEVICE uint32_t atomic_add(uint32_t* at, uint32_t value) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                : "=r"(old)
@@ -187,30 +180,27 @@ uint32_t atomic_add(uint32_t* at, uint32_t value) {
   return old;
 }
 
-Q1M_DEVICE
-void reduce_add(float* at, float value) {
+Q1M_DEVICE void reduce_add(float* at, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(detail::global_address(at)),
                "f"(value)
                : "memory");
 }
 
-Q1M_DEVICE
-void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+Q1M_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // --- cp.async, sm_80 ---------------------------------------------------------------------------
 
-Q1M_DEVICE
-void cp_async_16(Shared<void> to, const void* from, bool valid) {
+Q1M_DEVICE void cp_async_16(Shared<void> to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address),
                "l"(detail::global_address(from)), "r"(valid ? 16 : 0)
                : "memory");
 }
 
-Q1M_DEVICE
-void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+Q1M_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
-Q1M_DEVICE
-void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+Q1M_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 }  // namespace qwen1m::arch

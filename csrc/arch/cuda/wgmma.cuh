@@ -9,13 +9,10 @@ namespace detail {
 /// An empty assembly statement that claims to rewrite the registers: no use of them moves across
 /// it. wgmma reads and writes registers behind the compiler's back, so this stands where it starts
 /// and where it has ended.
-Q1M_DEVICE
-void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
-Q1M_DEVICE
-void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+Q1M_DEVICE void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+Q1M_DEVICE void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 template <typename T, size_t kSize>
-Q1M_DEVICE
-void pin(T (&registers)[kSize]) {
+Q1M_DEVICE void pin(T (&registers)[kSize]) {
   Q1M_UNROLL
   for (size_t i = 0; i < kSize; ++i) pin(registers[i]);
 }
@@ -23,31 +20,26 @@ void pin(T (&registers)[kSize]) {
 }  // namespace detail
 
 template <typename A>
-Q1M_DEVICE
-void wgmma_fence(A& registers) {
+Q1M_DEVICE void wgmma_fence(A& registers) {
   detail::pin(registers);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 template <typename A, typename B>
-Q1M_DEVICE
-void wgmma_fence(A& registers, B& more_registers) {
+Q1M_DEVICE void wgmma_fence(A& registers, B& more_registers) {
   detail::pin(registers);
   detail::pin(more_registers);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-Q1M_DEVICE
-void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+Q1M_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int kPending, typename A>
-Q1M_DEVICE
-void wgmma_wait(A& registers) {
+Q1M_DEVICE void wgmma_wait(A& registers) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   detail::pin(registers);
 }
 template <int kPending, typename A, typename B>
-Q1M_DEVICE
-void wgmma_wait(A& registers, B& more_registers) {
+Q1M_DEVICE void wgmma_wait(A& registers, B& more_registers) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
   detail::pin(registers);
   detail::pin(more_registers);
@@ -81,8 +73,7 @@ void wgmma_wait(A& registers, B& more_registers) {
   "}"
 
 template <int kN, Major kMajorA, Major kMajorB>
-Q1M_DEVICE
-void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+Q1M_DEVICE void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kN == 64 || kN == 128, "wgmma_ss: kN is 64 or 128");
   constexpr int kA = static_cast<int>(kMajorA), kB = static_cast<int>(kMajorB);
   const int add = accumulate ? 1 : 0;
@@ -98,8 +89,7 @@ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
 }
 
 template <int kN, Major kMajorB>
-Q1M_DEVICE
-void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+Q1M_DEVICE void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   static_assert(kN == 64 || kN == 128, "wgmma_rs: kN is 64 or 128");
   constexpr int kB = static_cast<int>(kMajorB);
   const int add = accumulate ? 1 : 0;
@@ -123,14 +113,12 @@ void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accum
 #undef Q1M_D32
 
 template <int kCount>
-Q1M_DEVICE
-void registers_decrease() {
+Q1M_DEVICE void registers_decrease() {
   static_assert(24 <= kCount && kCount <= 256 && kCount % 8 == 0);
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 template <int kCount>
-Q1M_DEVICE
-void registers_increase() {
+Q1M_DEVICE void registers_increase() {
   static_assert(24 <= kCount && kCount <= 256 && kCount % 8 == 0);
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }

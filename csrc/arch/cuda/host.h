@@ -1,0 +1,50 @@
+#pragma once
+/// The host's side of a launch: tensor maps, device facts, errors. It needs the CUDA runtime only,
+/// which is linked statically, and finds the driver at run time: a program with these functions
+/// starts on a machine without a GPU.
+
+#include <cstdint>
+
+#include "arch/arch.h"
+#include "qwen1m/stream.h"
+
+namespace qwen1m::arch {
+
+/// Throws qwen1m::Error with the call, the name of the error and its text unless `code` (a
+/// cudaError_t) is cudaSuccess. Q1M_CUDA_CHECK(cudaMemsetAsync(...)).
+void check_cuda(int code, const char* call);
+#define Q1M_CUDA_CHECK(call) ::qwen1m::arch::check_cuda(static_cast<int>(call), #call)
+
+struct DeviceFacts {
+  int device = 0;      // ordinal
+  int num_sms = 0;     // multiprocessors
+  int capability = 0;  // 10 major + minor: 80, 90
+  int l2_bytes = 0;
+};
+
+/// Of the calling thread's current device. A few attribute queries, no synchronisation.
+DeviceFacts device_facts();
+
+/// Throws qwen1m::Error if a rule of TensorMapSpec does not hold.
+TensorMap make_tensor_map(const TensorMapSpec& spec);
+
+struct LaunchConfig {
+  const char* name = "";  // of the kernel, for errors
+  int64_t blocks = 0;     // 0 launches nothing
+  int threads = 0;
+  uint32_t shared_bytes = 0;  // dynamic
+  int cluster = 1;            // blocks of a cluster; divides `blocks`
+  bool dependent = false;     // may start before the kernel in front of it has ended
+                              // (wait_for_prior_grid); sm_90
+  Stream stream = nullptr;
+};
+
+/// Launches a Q1M_KERNEL. The parameters are copied before it returns.
+void launch(const void* kernel, const LaunchConfig& config, const void* params);
+
+template <typename Params>
+void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& params) {
+  launch(reinterpret_cast<const void*>(kernel), config, static_cast<const void*>(&params));
+}
+
+}  // namespace qwen1m::arch
