@@ -327,6 +327,10 @@ Q1M_DEVICE float bf16_low(uint32_t pair);   // the lower half as fp32, exact
 Q1M_DEVICE float bf16_high(uint32_t pair);
 Q1M_DEVICE float as_float(uint32_t bits);
 
+/// The value itself, but the compiler does not know: what is computed from it stays in the loop
+/// where it is needed instead of occupying registers across it.
+Q1M_DEVICE int opaque(int value);
+
 // --- Programmatic dependent launch (9.7.13.13) -----------------------------------------------
 
 /// griddepcontrol.wait: until the grids this one depends on have finished and their writes show.

@@ -11,12 +11,13 @@
 
 namespace qwen1m {
 
-/// A tile of 128 rows of kHeadDim dims in shared memory: panels of 64 dims (128 bytes), each panel
-/// [128 rows][64] with the 128-byte swizzle.
-template <int kHeadDim>
+/// A tile of kNumRows rows of kHeadDim dims in shared memory: panels of 64 dims (128 bytes), each
+/// panel [kNumRows][64] with the 128-byte swizzle, so that 8 rows of one 16-byte column lie in
+/// distinct banks.
+template <int kHeadDim, int kNumRows = static_cast<int>(kTileTokens)>
 struct RowTile {
-  static constexpr uint32_t kPanelBytes = kTileTokens * 128;
-  using Storage = uint16_t[kTileTokens * kHeadDim];
+  static constexpr uint32_t kPanelBytes = kNumRows * 128;
+  using Storage = uint16_t[kNumRows * kHeadDim];
   arch::Shared<Storage> storage;
 
   /// 16 bytes of a row: dims [8 chunk, 8 chunk + 8).
@@ -46,7 +47,7 @@ Q1M_DEVICE void rotate_queries(const PrefillAttentionParams& p, const PrefillTil
   constexpr int kChunks = kHeadDim / 16;  // of 8 dims, in one half of a row
   const auto q = p.q.as<const bf16>();
   Q1M_NO_UNROLL
-  for (int i = thread; i < num_rows * kChunks; i += num_threads) {
+  for (int i = arch::opaque(thread); i < num_rows * kChunks; i += num_threads) {
     const int row = first_row + i / kChunks, chunk = i % kChunks;
     arch::Vec16 low = {}, high = {};
     if (row < tile.num_tokens) {
@@ -70,17 +71,18 @@ Q1M_DEVICE void rotate_queries(const PrefillAttentionParams& p, const PrefillTil
 /// (of the thread's first row; its second is 8 tokens later).
 template <int kKeys>
 Q1M_DEVICE void mask_scores(float (&s)[kKeys / 2], const KeyWalk<kKeys>& walk, int token) {
-  const int lo = walk.lo() - walk.first_key();
+  // Relative to the thread's first column, so that each comparison is with a constant.
+  const int column = walk.first_key() + 2 * (arch::lane_index() % 4);
+  const int lo = walk.lo() - column;
   Q1M_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int end = token + 8 * h + 1;
-    const int hi = (end < walk.hi() ? end : walk.hi()) - walk.first_key();
+    const int hi = (end < walk.hi() ? end : walk.hi()) - column;
     Q1M_UNROLL
     for (int j = 0; j < kKeys / 8; ++j) {
       Q1M_UNROLL
       for (int e = 0; e < 2; ++e) {
-        const int key = 8 * j + 2 * (arch::lane_index() % 4) + e;
-        if (key < lo || key >= hi) s[4 * j + 2 * h + e] = -INFINITY;
+        if (8 * j + e < lo || 8 * j + e >= hi) s[4 * j + 2 * h + e] = -INFINITY;
       }
     }
   }
@@ -169,7 +171,7 @@ Q1M_DEVICE void store_rows(const PrefillAttentionParams& p, const PrefillTile& t
   constexpr int kChunks = kHeadDim / 8;
   const auto out = p.out.as<bf16>();
   Q1M_UNROLL
-  for (int i = arch::lane_index(); i < 16 * kChunks; i += 32) {
+  for (int i = arch::opaque(arch::lane_index()); i < 16 * kChunks; i += 32) {
     const int row = first_row + i / kChunks, chunk = i % kChunks;
     if (row >= tile.num_tokens) continue;
     const arch::Vec16 value = arch::shared_load(from.at(row, chunk));
