@@ -9,5 +9,6 @@
 #include "qwen1m/prefill_attention.h"
 #include "qwen1m/qkv_rope_append.h"
 #include "qwen1m/rms_norm.h"
+#include "qwen1m/stream.h"
 #include "qwen1m/swiglu.h"
 #include "qwen1m/tensor_view.h"

@@ -31,9 +31,9 @@ void check_no_overlap(const ArgCheck& args, const char* name, const View& view) 
   }
 }
 
-/// Arguments that both ops have, once q has bound its names.
+/// Shapes, strides and dtypes of the arguments that both ops have, once q has bound its names.
 template <typename Params>
-void check_common(ArgCheck& args, const Params& p) {
+void check_common_layout(ArgCheck& args, const Params& p) {
   const int64_t head_dim = args.size("D"), q_heads = args.size("q_heads");
   constexpr int kLastDim = static_cast<int>(std::tuple_size_v<decltype(p.q.sizes)>) - 1;
   args.require(head_dim > 0 && head_dim % 16 == 0, "q", "head_dim D a multiple of 16", head_dim);
@@ -49,7 +49,7 @@ void check_common(ArgCheck& args, const Params& p) {
   args.shape("v_cache", p.v_cache, {"pages", "kv_heads", kPageSize, "D"});
   args.same_dtype("v_cache", p.v_cache, "q", p.q);
   args.dense_from(0, "v_cache", p.v_cache);
-  const int64_t kv_heads = args.size("kv_heads"), pages = args.size("pages");
+  const int64_t kv_heads = args.size("kv_heads");
   if (kv_heads <= 0 || q_heads <= 0 || q_heads % kv_heads != 0) {
     args.fail("q", "q_heads a positive multiple of kv_heads=" + std::to_string(kv_heads),
               std::to_string(q_heads));
@@ -67,7 +67,12 @@ void check_common(ArgCheck& args, const Params& p) {
               "0 <= local_size < chunk_size=" + std::to_string(p.dual_chunk.chunk_size),
               std::to_string(p.dual_chunk.local_size));
   }
+}
 
+/// Their values.
+template <typename Params>
+void check_common_values(const ArgCheck& args, const Params& p) {
+  const int64_t pages = args.size("pages");
   int64_t longest = 0;
   for (int64_t b = 0; b < p.kv_len.size(0); ++b) {
     const int64_t kv_len = *p.kv_len.at(b), capacity = p.block_table.size(1) * kPageSize;
@@ -99,16 +104,29 @@ void check_common(ArgCheck& args, const Params& p) {
 
 }  // namespace
 
-void check_attention(const PrefillAttentionParams& p) {
-  ArgCheck args("prefill_attention");
+namespace {
+
+void check_layout(ArgCheck& args, const PrefillAttentionParams& p) {
   args.shape("q", p.q, {"tokens", "q_heads", "D"});
   args.shape("out", p.out, {"tokens", "q_heads", "D"});
   if (p.lse) args.shape("lse", p.lse, {"tokens", "q_heads"});
   args.shape("kv_len", p.kv_len, {"batch"});
-  const int64_t batch = args.size("batch"), tokens = args.size("tokens");
-  args.shape("cu_q", p.cu_q, {{"batch + 1", batch + 1}});
-  check_common(args, p);
+  args.shape("cu_q", p.cu_q, {{"batch + 1", args.size("batch") + 1}});
+  check_common_layout(args, p);
+}
 
+}  // namespace
+
+void check_attention_layout(const PrefillAttentionParams& p) {
+  ArgCheck args("prefill_attention");
+  check_layout(args, p);
+}
+
+void check_attention(const PrefillAttentionParams& p) {
+  ArgCheck args("prefill_attention");
+  check_layout(args, p);
+  check_common_values(args, p);
+  const int64_t batch = args.size("batch"), tokens = args.size("tokens");
   if (*p.cu_q.at(0) != 0) args.fail("cu_q[0]", "0", std::to_string(*p.cu_q.at(0)));
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t begin = *p.cu_q.at(b), end = *p.cu_q.at(b + 1), kv_len = *p.kv_len.at(b);
@@ -134,7 +152,8 @@ void check_attention(const DecodeAttentionParams& p) {
   args.shape("q", p.q, {"batch", "q_tokens", "q_heads", "D"});
   args.shape("out", p.out, {"batch", "q_tokens", "q_heads", "D"});
   if (p.lse) args.shape("lse", p.lse, {"batch", "q_tokens", "q_heads"});
-  check_common(args, p);
+  check_common_layout(args, p);
+  check_common_values(args, p);
 
   const int64_t q_tokens = args.size("q_tokens");
   for (int64_t b = 0; b < args.size("batch"); ++b) {
