@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,22 @@ namespace py = pybind11;
 
 namespace qwen1m {
 namespace {
+
+/// {"<op>": ["sm_80", "sm_90a"]} from "<op>: sm_80 sm_90a <op>: ...".
+py::dict cuda_kernels() {
+  py::dict kernels;
+  py::list architectures;
+  std::istringstream words(Q1M_CUDA_KERNELS);
+  for (std::string word; words >> word;) {
+    if (word.back() == ':') {
+      architectures = py::list();
+      kernels[py::str(word.substr(0, word.size() - 1))] = architectures;
+    } else {
+      architectures.append(word);
+    }
+  }
+  return kernels;
+}
 
 py::dict build_info() {
   std::vector<std::string> isas;
@@ -25,6 +42,8 @@ py::dict build_info() {
   info["compiler"] = Q1M_COMPILER;
   info["build_type"] = Q1M_BUILD_TYPE;
   info["cuda"] = Q1M_CUDA != 0;
+  info["cuda_compiler"] = Q1M_CUDA_COMPILER;
+  info["cuda_kernels"] = cuda_kernels();
   info["torch_headers"] = Q1M_TORCH_VERSION;
   info["torch_target"] = Q1M_TORCH_TARGET;
   info["cpu_isas_compiled"] = isas;

@@ -27,7 +27,13 @@ std::string scalar_type_name(ScalarType type) {
 
 void TensorMatch::check(const torch::stable::Tensor& tensor, const char* name, const char* dims,
                         int rank) const {
-  if (!tensor.is_cpu()) fail_argument(op_, name, "a CPU tensor", "a tensor of another device");
+  if (cuda_device_ == kCpu) {
+    if (!tensor.is_cpu()) fail_argument(op_, name, "a CPU tensor", "a tensor of another device");
+  } else if (!tensor.is_cuda() || tensor.get_device_index() != cuda_device_) {
+    fail_argument(op_, name, "a tensor on cuda:" + std::to_string(cuda_device_),
+                  tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index())
+                                   : "a tensor of another device");
+  }
   const auto sizes = tensor.sizes();
   if (tensor.dim() != rank) {
     fail_argument(op_, name, std::string("shape ") + dims,

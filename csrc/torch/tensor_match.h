@@ -25,7 +25,9 @@ std::string scalar_type_name(ScalarType type);
 /// gives the number of dimensions to the error text.
 class TensorMatch {
  public:
-  explicit TensorMatch(const char* op) : op_(op) {}
+  /// All tensors are on the CPU, or on the CUDA device of that number.
+  explicit TensorMatch(const char* op, int cuda_device = kCpu)
+      : op_(op), cuda_device_(cuda_device) {}
 
   /// float32 or bfloat16.
   template <int Rank>
@@ -68,6 +70,8 @@ class TensorMatch {
   }
 
  private:
+  static constexpr int kCpu = -1;
+
   template <typename T>
   static constexpr ScalarType scalar_type_of() {
     if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
@@ -82,11 +86,12 @@ class TensorMatch {
     std::ranges::copy(tensor.strides(), view.strides.begin());
   }
 
-  /// On the CPU, with `rank` dimensions.
+  /// On the device, with `rank` dimensions.
   void check(const torch::stable::Tensor& tensor, const char* name, const char* dims,
              int rank) const;
 
   const char* op_;
+  int cuda_device_;
 };
 
 }  // namespace qwen1m::binding

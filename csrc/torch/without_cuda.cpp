@@ -1,5 +1,6 @@
-// The CUDA key of every op in a build without CUDA: a CUDA tensor gets an error that says so,
-// instead of torch's "no kernel for the CUDA backend".
+// The CUDA key of every op that has no CUDA kernel in this build: a CUDA tensor gets an error that
+// says so, instead of torch's "no kernel for the CUDA backend". The build defines Q1M_CUDA when it
+// had nvcc, and Q1M_CUDA_<OP> for each op that it has a kernel of.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
@@ -8,26 +9,40 @@
 namespace qwen1m::binding {
 namespace {
 
+[[noreturn]] void fail(const char* op) {
+  constexpr const char* kAdvice = "move the tensors to the CPU, or use device=\"cpu\"";
+#ifdef Q1M_CUDA
+  throw Error(std::string(op) + ": no CUDA kernel exists for it yet; " + kAdvice);
+#else
+  throw Error(std::string(op) +
+              ": qwen1m_ext was built without CUDA: its operators run on CPU tensors only; " +
+              kAdvice);
+#endif
+}
+
 /// A function of the op's own signature, so that the boxing code releases the arguments.
-template <typename Signature>
+template <typename Op, typename Signature>
 struct WithoutCuda;
 
-template <typename... Arguments>
-struct WithoutCuda<void(Arguments...)> {
-  static void call(Arguments...) {
-    throw Error(
-        "qwen1m_ext was built without CUDA: its operators run on CPU tensors only; "
-        "move the tensors to the CPU, or use device=\"cpu\"");
-  }
+template <typename Op, typename... Arguments>
+struct WithoutCuda<Op, void(Arguments...)> {
+  static void call(Arguments...) { fail(Op::name()); }
 };
 
-#define Q1M_WITHOUT_CUDA(op) m.impl(#op, TORCH_BOX(&WithoutCuda<decltype(op)>::call))
+#define Q1M_WITHOUT_CUDA(op)                               \
+  struct Op_##op {                                         \
+    static const char* name() { return #op; }              \
+  };                                                       \
+  using Without_##op = WithoutCuda<Op_##op, decltype(op)>; \
+  m.impl(#op, TORCH_BOX(&Without_##op::call))
 
 STABLE_TORCH_LIBRARY_IMPL(qwen1m, CUDA, m) {
   Q1M_WITHOUT_CUDA(rms_norm);
   Q1M_WITHOUT_CUDA(swiglu);
   Q1M_WITHOUT_CUDA(qkv_rope_append);
+#ifndef Q1M_CUDA_PREFILL_ATTENTION
   Q1M_WITHOUT_CUDA(prefill_attention);
+#endif
   Q1M_WITHOUT_CUDA(decode_attention);
 }
 
