@@ -1,10 +1,18 @@
 """A whole model on the CPU against transformers: prefill and decode of a 135M-parameter shape.
 
-    python bench/model_cpu.py [--pairs 5] [--lengths 4096 32768]
+    python bench/model_cpu.py [--pairs 5] [--long-pairs 3] [--lengths 4096 32768] [--minutes 60]
+        [--threads 2] [--resume]
 
 Random weights (30 layers, hidden 576, 9/3 heads x 64, intermediate 1536, vocabulary 49,152, bf16).
 The peer is transformers' Qwen2ForCausalLM in its best form: sdpa attention, logits of the last
-token only, its own KV cache for decode. Writes bench/results/cpu/model.json.
+token only, its own KV cache for decode. Decode goes on from the caches of the last prefill pair;
+both are cut back to the prompt after each timing. Both are warmed up with a prompt of 512 tokens,
+and decode with one untimed pair.
+
+A prefill of 32k takes transformers minutes, so lengths above 16k get --long-pairs pairs. Every
+timing is printed and bench/results/cpu/model.json is rewritten after every pair: a run that is
+stopped, or that has spent --minutes, keeps what it has, and --resume adds the pairs that are
+missing. A row says how many pairs it has.
 """
 
 from __future__ import annotations
@@ -13,11 +21,13 @@ import argparse
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from paired import compare, environment, write
+from paired import RESULTS, environment, seconds, summary, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from lib.checkpoints import model_config, write_checkpoint
@@ -25,6 +35,8 @@ from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext.memory import peak_bytes
 
 DECODE_STEPS = 16
+LONG_TOKENS = 16_384
+NAME = "cpu/model"
 
 
 def small_model(directory: Path) -> Path:
@@ -37,69 +49,157 @@ def small_model(directory: Path) -> Path:
     return write_checkpoint(directory, config, dtype=torch.bfloat16)
 
 
-def measure(llm: LLM, peer: Any, length: int, pairs: int) -> list[dict[str, Any]]:
-    """Rows for prefill and decode at one length."""
-    ids = torch.randint(0, 40_000, (length,), generator=torch.Generator().manual_seed(length))
-    prompt = {"prompt_token_ids": ids.tolist()}
-    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+class Ours:
+    """This engine: a session keeps the cache from one call to the next."""
 
-    def peer_prefill() -> Any:
-        with torch.inference_mode():
-            return peer(ids[None], use_cache=True, logits_to_keep=1)
+    def __init__(self, directory: Path, max_tokens: int) -> None:
+        self.llm = LLM(directory, max_model_len=max_tokens, skip_tokenizer_init=True)
+        self.session = self.llm.open_session()
 
-    rows = [
-        {
-            "what": "prefill",
-            "tokens": length,
-            **compare(lambda: llm.generate(prompt, one), peer_prefill, pairs),
-        }
-    ]
-    # decode: both continue from a prefilled cache, and are cut back to it after each timing
-    session = llm.open_session()
-    next(stream := llm.stream(prompt, one, session=session))
-    stream.close()
-    params = SamplingParams(temperature=0, max_tokens=DECODE_STEPS, ignore_eos=True)
-    cache = peer_prefill().past_key_values
-    tokens = torch.randint(0, 40_000, (DECODE_STEPS,))
-
-    def our_decode() -> None:  # the prompt's last token, then DECODE_STEPS - 1 more
-        for _ in llm.stream(prompt, params, session=session):
+    def run(self, ids: list[int], new_tokens: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        for _ in self.llm.stream({"prompt_token_ids": ids}, params, session=self.session):
             pass
 
-    def peer_decode() -> None:
-        with torch.inference_mode():
-            for token in tokens:
-                peer(token.view(1, 1), past_key_values=cache, use_cache=True)
-            cache.crop(-DECODE_STEPS)
+    def prefill(self, ids: list[int]) -> None:
+        self.session.truncate(0)
+        self.run(ids, 1)
 
-    row = compare(our_decode, peer_decode, pairs)
-    session.close()
-    rows.append({"what": f"decode, {DECODE_STEPS} steps", "tokens": length, **row})
-    return rows
+    def decode(self, ids: list[int]) -> None:
+        self.run(ids, DECODE_STEPS)  # the prompt's last token, then DECODE_STEPS - 1 more
+
+
+class Peer:
+    """transformers; `decode` feeds fixed tokens, which saves it the argmax."""
+
+    def __init__(self, directory: Path) -> None:
+        import transformers
+
+        self.model = transformers.Qwen2ForCausalLM.from_pretrained(
+            directory, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+        self.tokens = torch.randint(0, 40_000, (DECODE_STEPS, 1, 1))
+        self.cache: Any = None
+
+    def prefill(self, ids: list[int]) -> None:
+        self.cache = None
+        with torch.inference_mode():
+            out = self.model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+
+    def decode(self, _: list[int]) -> None:
+        with torch.inference_mode():
+            for token in self.tokens:
+                self.model(token, past_key_values=self.cache, use_cache=True)
+            self.cache.crop(-DECODE_STEPS)
+
+
+class Run:
+    """The rows so far, the deadline, and the file that holds both."""
+
+    def __init__(self, rows: list[dict[str, Any]], minutes: float, where: dict[str, Any]) -> None:
+        self.rows, self.where = rows, where
+        self.start = time.perf_counter()
+        self.deadline = self.start + 60 * minutes
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.start:6.0f} s] {text}", flush=True)
+
+    def row(self, what: str, tokens: int) -> dict[str, Any]:
+        for row in self.rows:
+            if (row["what"], row["tokens"]) == (what, tokens):
+                return row
+        self.rows.append({"what": what, "tokens": tokens, "timed_s": []})
+        return self.rows[-1]
+
+    def measure(
+        self,
+        row: dict[str, Any],
+        pairs: int,
+        ours: Callable[[], object],
+        peer: Callable[[], object],
+    ) -> None:
+        """Add pairs until there are enough; one pair is always taken if there is none."""
+        timed = row["timed_s"]
+        while len(timed) < pairs and (not timed or time.perf_counter() < self.deadline):
+            timed.append([seconds(ours), seconds(peer)])
+            row |= summary(timed)
+            self.where["peak_bytes"] = peak_bytes()
+            write(NAME, self.where, self.rows)
+            a, b = timed[-1]
+            self.say(
+                f"{row['what']}, {row['tokens']} tokens, pair {len(timed)} of {pairs}: "
+                f"ours {a:.3f} s, transformers {b:.3f} s, ratio {b / a:.2f}"
+            )
+        if len(timed) < pairs:
+            self.say(f"{row['what']}, {row['tokens']} tokens: out of time after {len(timed)} pairs")
+
+
+def measure_length(run: Run, ours: Ours, peer: Peer, length: int, pairs: int) -> None:
+    """Prefill and decode at one length."""
+    ids = torch.randint(0, 40_000, (length,), generator=torch.Generator().manual_seed(length))
+    prompt = ids.tolist()
+    prefill = run.row("prefill", length)
+    decode = run.row(f"decode, {DECODE_STEPS} steps", length)
+    run.measure(prefill, pairs, lambda: ours.prefill(prompt), lambda: peer.prefill(prompt))
+    missing = max(pairs, 5) - len(decode["timed_s"])
+    if missing > 0:
+        if peer.cache is None or peer.cache.get_seq_length() != length:
+            run.say(f"filling both caches with {length} tokens (resumed after the prefills)")
+            ours.prefill(prompt), peer.prefill(prompt)
+        ours.decode(prompt), peer.decode(prompt)
+        run.measure(
+            decode, max(pairs, 5), lambda: ours.decode(prompt), lambda: peer.decode(prompt)
+        )
 
 
 def main() -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--long-pairs", type=int, default=3, help="above 16k tokens")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32_768])
+    parser.add_argument("--minutes", type=float, default=60, help="start no pair after this long")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--resume", action="store_true", help="keep the pairs of the last run")
     args = parser.parse_args()
-    import transformers
+    torch.set_num_threads(args.threads)
 
-    where = environment("transformers")
-    rows = []
+    where, rows = environment("transformers"), []
+    path = RESULTS / f"{NAME}.json"
+    if args.resume and path.exists():
+        before = json.loads(path.read_text())
+        for key in ("cpu", "threads", "build", "versions"):
+            if before["environment"][key] != where[key]:
+                raise SystemExit(
+                    f"--resume: {path} was measured with {key} {before['environment'][key]}, "
+                    f"but this is {where[key]}"
+                )
+        where, rows = before["environment"], before["rows"]
+    run = Run(rows, args.minutes, where)
     with tempfile.TemporaryDirectory() as folder:
+        run.say("writing and loading a random checkpoint")
         directory = small_model(Path(folder))
-        llm = LLM(directory, max_model_len=max(args.lengths) + 64, skip_tokenizer_init=True)
-        peer = transformers.Qwen2ForCausalLM.from_pretrained(
-            directory, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+        ours = Ours(directory, max(args.lengths) + DECODE_STEPS)
+        peer = Peer(directory)
+        run.say("warming up")
+        warm_up = list(range(512))
+        for side in (ours, peer):
+            side.prefill(warm_up)
+            side.decode(warm_up)
+        peer.cache = None
         for length in args.lengths:
-            for row in measure(llm, peer, length, args.pairs):
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-    where["peak_bytes"] = peak_bytes()
-    print(write("cpu/model", where, rows))
+            pairs = args.long_pairs if length > LONG_TOKENS else args.pairs
+            measure_length(run, ours, peer, length, pairs)
+    for row in rows:
+        run.say(
+            f"{row['what']:18} {row['tokens']:6} tokens: ours {row['ours_s']:8.3f} s, transformers "
+            f"{row['peer_s']:8.3f} s, ratio {row['ratio']:.2f} ({row['ratio_min']:.2f} to "
+            f"{row['ratio_max']:.2f}, {row['pairs']} pairs)"
+        )
+    print(write(NAME, where, rows))
 
 
 if __name__ == "__main__":

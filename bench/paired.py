@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +34,11 @@ def compare(ours: Callable[[], object], peer: Callable[[], object], pairs: int) 
     """Warm both up once, then time `pairs` pairs; `ratio` > 1 means ours is faster."""
     ours(), peer()
     timed = [(seconds(ours), seconds(peer)) for _ in range(pairs)]
+    return summary(timed)
+
+
+def summary(timed: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Medians of (our seconds, the peer's seconds) pairs."""
     ratios = [b / a for a, b in timed]
     return {
         "ours_s": statistics.median(a for a, _ in timed),
@@ -41,7 +46,7 @@ def compare(ours: Callable[[], object], peer: Callable[[], object], pairs: int) 
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "pairs": pairs,
+        "pairs": len(timed),
     }
 
 
