@@ -34,8 +34,17 @@ MAY_INCLUDE = {
     "csrc/host": ["qwen1m", "common"],
 }
 STANDARD_HEADER = re.compile(
-    r"<[a-z_0-9]+>|<(sys|linux)/[a-z_]+\.h>|<(unistd|cpuid|immintrin|arm_neon)\.h>"
+    r"<[a-z_0-9]+>|<(sys|linux)/[a-z_]+\.h>|<(unistd|dlfcn|ucontext|cpuid|immintrin|arm_neon)\.h>"
 )
+CUDA_HEADER = re.compile(r"<cuda[a-z_0-9]*\.h>")
+
+
+def may_include_cuda(path: Path) -> bool:
+    """The CUDA back end of the primitives, and the launchers (CUDA sources) of the ops."""
+    parts = path.relative_to(ROOT).parts
+    return parts[:3] == ("csrc", "arch", "cuda") or (
+        parts[:2] == ("csrc", "ops") and path.suffix == ".cu"
+    )
 
 
 def folder_of(path: Path) -> str:
@@ -53,6 +62,8 @@ def forbidden_includes(path: Path, text: str) -> Iterator[str]:
             if STANDARD_HEADER.fullmatch(include):
                 if folder == "include/qwen1m" and "." in name:
                     yield f"{include} (the public headers use the C++ standard library only)"
+            elif CUDA_HEADER.fullmatch(include) and may_include_cuda(path):
+                pass
             elif third_party is None or not name.startswith(third_party):
                 yield include
             elif re.search(r"ATen|c10|torch/extension\.h|torch/torch\.h|torch/library\.h", name):
@@ -70,9 +81,9 @@ def forbidden_includes(path: Path, text: str) -> Iterator[str]:
 def test_cxx_layers(path):
     text = path.read_text()
     assert list(forbidden_includes(path, text)) == []
-    if folder_of(path) != "csrc/arch":
+    if path.relative_to(ROOT).parts[:3] != ("csrc", "arch", "cuda") and path.suffix != ".S":
         code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-        assert not re.search(r"\basm\b|\b__asm__\b", code), "inline assembly lives in csrc/arch"
+        assert not re.search(r"\basm\b|\b__asm__\b", code), "inline assembly lives in csrc/arch/cuda"
     if folder_of(path) not in {"csrc/arch", "csrc/common"}:
         assert "__CUDACC__" not in text, "__CUDACC__ is for csrc/arch and csrc/common"
 
@@ -96,6 +107,12 @@ def test_every_cxx_folder_has_a_rule():
         ("csrc/torch/x.cpp", "#include <torch/csrc/stable/tensor.h>", True),
         ("csrc/torch/x.cpp", "#include <torch/extension.h>", False),
         ("csrc/torch/x.cpp", "#include <ATen/ATen.h>", False),
+        ("csrc/torch/x.cpp", "#include <cuda_runtime.h>", False),
+        ("csrc/torch/x.cpp", '#include "arch/cuda/host.h"', False),
+        ("csrc/arch/x.h", "#include <cuda.h>", False),
+        ("csrc/arch/cuda/x.cu", "#include <cuda.h>", True),
+        ("csrc/ops/swiglu/x.cu", "#include <cuda_runtime.h>", True),
+        ("csrc/ops/swiglu/x.cpp", "#include <cuda_runtime.h>", False),
     ],
 )
 def test_the_cxx_rule_itself(file, line, fits):

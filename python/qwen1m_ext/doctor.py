@@ -42,13 +42,17 @@ def facts() -> Iterator[tuple[str, str]]:
     available = available_bytes()
     yield "memory", f"{format_bytes(available)} available" if available else "unknown"
     yield "gpu", _gpu()
-    yield "cuda kernels", "compiled" if build["cuda"] else "not compiled in this version"
-    keys = ("CPU", "CUDA") if build["cuda"] else ("CPU",)
+    if build["cuda"]:
+        used = "" if ops.supports_cuda() else "; some ops have none, so models run on the CPU"
+        yield "cuda kernels", f"compiled by nvcc {build['cuda_compiler']}{used}"
+    else:
+        yield "cuda kernels", "not compiled: this build found no nvcc"
     for name in ops.OP_NAMES:
-        found = [
-            k for k in keys if torch._C._dispatch_has_kernel_for_dispatch_key(f"qwen1m::{name}", k)
-        ]
-        yield f"op {name}", ", ".join(found) or "MISSING"
+        # The CUDA key is registered in any case, as an error where there is no kernel.
+        cpu = torch._C._dispatch_has_kernel_for_dispatch_key(f"qwen1m::{name}", "CPU")
+        architectures = ops.cuda_kernels().get(name)
+        cuda = [f"CUDA ({', '.join(architectures)})"] if architectures else []
+        yield f"op {name}", ", ".join([*(["CPU"] if cpu else []), *cuda]) or "MISSING"
 
 
 def self_test() -> Iterator[tuple[str, float, float]]:

@@ -48,11 +48,19 @@ _load()
 _ops = torch.ops.qwen1m
 
 
-def supports_cuda() -> bool:
-    """Whether every op was compiled with a CUDA kernel. Asks the build facts, not a GPU."""
+def cuda_kernels() -> dict[str, list[str]]:
+    """The ops compiled for CUDA and their architectures: {"prefill_attention": ["sm_80", ...]}.
+
+    A build fact; it asks no GPU.
+    """
     from . import _host
 
-    return bool(_host.build_info()["cuda"])
+    return dict(_host.build_info()["cuda_kernels"])
+
+
+def supports_cuda() -> bool:
+    """Whether every op was compiled with a CUDA kernel. Asks the build facts, not a GPU."""
+    return set(OP_NAMES) <= set(cuda_kernels())
 
 
 def rms_norm(out: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> None:

@@ -74,6 +74,20 @@ def _prefill_attention() -> dict[str, Any]:
     )
 
 
+def _prefill_attention_gpu() -> dict[str, Any]:
+    """The same sizes with D = 64 in bf16, which the GPU kernels take."""
+    arguments = _prefill_attention() | dict(
+        out=torch.zeros(5, 2, 64),
+        q=tensor(1, 5, 2, 64),
+        k_cache=tensor(2, 4, 1, PAGE_SIZE, 64),
+        v_cache=tensor(3, 4, 1, PAGE_SIZE, 64),
+        rope_table=rope_table(THETA, 64, 49).float(),
+    )
+    for name in ("out", "q", "k_cache", "v_cache"):
+        arguments[name] = arguments[name].bfloat16()
+    return arguments
+
+
 def _decode_attention() -> dict[str, Any]:
     """2 tokens of each sequence, 2 query heads, 1 KV head, D = 16."""
     return dict(
@@ -94,7 +108,14 @@ _ALL = {
 
 
 def good_arguments(op: str, device: str = "cpu") -> dict[str, Any]:
-    """Fresh keyword arguments of an op, finite and within every rule."""
+    """Fresh keyword arguments of an op, finite and within every rule (of its kernels there)."""
+    if op == "prefill_attention" and device in ("emu", "cuda"):
+        return {
+            name: value.to("cpu" if device == "emu" else device)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in _prefill_attention_gpu().items()
+        }
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in _ALL[op]().items()

@@ -7,6 +7,7 @@ import torch
 
 from lib.arguments import good_arguments
 from qwen1m_ext import ops
+from qwen1m_ext._host import build_info
 
 OPTIONAL = {
     "rms_norm": "residual",
@@ -45,12 +46,16 @@ def test_the_cuda_key_is_always_registered(op: str) -> None:
     """A CUDA tensor meets an error of ours, not "no kernel registered for CUDA"."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qwen1m::{op}", "CPU")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qwen1m::{op}", "CUDA")
-    if ops.supports_cuda():
-        pytest.skip("built with CUDA")
     # No GPU is needed to reach the CUDA kernel: redispatch names the key, whatever the tensors are.
     overload = getattr(torch.ops.qwen1m, op).default
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(RuntimeError, match="built without CUDA"):
+    if not build_info()["cuda"]:
+        error = f"{op}: qwen1m_ext was built without CUDA"
+    elif op in ops.cuda_kernels():
+        error = f"{op}: q: expected a CUDA tensor, got a tensor of another device"
+    else:
+        error = f"{op}: no CUDA kernel exists for it yet"
+    with pytest.raises(RuntimeError, match=error):
         overload.redispatch(cuda, *good_arguments(op).values())
 
 
