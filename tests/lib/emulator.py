@@ -1,0 +1,120 @@
+"""GPU kernels under the emulator, called with torch tensors of the host (ctypes).
+
+The library is built with the C++ tests (tests/emu/CMakeLists.txt).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = {"emu_sm90": 90, "emu_sm80": 80}
+"""Device names of the tests and the kernels they stand for."""
+
+
+class _Tensor(ctypes.Structure):
+    """EmulatedTensor of csrc/common/emulated_call.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("is_float32", ctypes.c_int64),
+        ("sizes", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_int64 * 4),
+        ("storage", ctypes.c_void_p),
+        ("storage_bytes", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> _Tensor:
+        """A view of a tensor; a null one for None."""
+        if tensor is None:
+            return cls()
+        pad = [0] * (4 - tensor.dim())
+        storage = tensor.untyped_storage()
+        return cls(
+            tensor.data_ptr(),
+            tensor.dtype == torch.float32,
+            (ctypes.c_int64 * 4)(*tensor.shape, *pad),
+            (ctypes.c_int64 * 4)(*tensor.stride(), *pad),
+            storage.data_ptr(),
+            storage.nbytes(),
+        )
+
+
+class _Call(ctypes.Structure):
+    """EmulatedCall of csrc/common/emulated_call.h."""
+
+    _fields_ = (
+        ("architecture", ctypes.c_int64),
+        ("seed", ctypes.c_int64),
+        ("text", ctypes.c_char_p),
+        ("text_bytes", ctypes.c_int64),
+    )
+
+
+def library_path() -> Path | None:
+    """The built library: QWEN1M_EMU_LIBRARY, else the newest below build/."""
+    if named := os.environ.get("QWEN1M_EMU_LIBRARY"):
+        return Path(named)
+    found = sorted(ROOT.glob("build/*/libqwen1m_emu_ops.so"), key=lambda p: p.stat().st_mtime)
+    return found[-1] if found else None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    if path is None:
+        raise FileNotFoundError("libqwen1m_emu_ops.so: build the C++ tests first (make test)")
+    return ctypes.CDLL(str(path))
+
+
+class EmulatorIssue(AssertionError):
+    """The emulator found a broken rule of the hardware; the text has a line for each."""
+
+
+def prefill_attention(
+    device: str,
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_q: Tensor,
+    kv_len: Tensor,
+    logit_scale: Tensor,
+    rope_table: Tensor,
+    chunk_size: int,
+    local_size: int,
+    *,
+    seed: int = 1,
+) -> None:
+    """ops.prefill_attention by an emulated kernel.
+
+    Args:
+        device: A key of ARCHITECTURES.
+        out, lse, q, k_cache, v_cache, block_table, cu_q, kv_len, logit_scale, rope_table,
+            chunk_size, local_size: as ops.prefill_attention.
+        seed: Of the emulator's schedule and of when its copies land.
+
+    Raises:
+        EmulatorIssue: The kernel broke a rule.
+        RuntimeError: An argument was refused.
+    """
+    tensors = (out, lse, q, k_cache, v_cache, block_table, cu_q, kv_len, logit_scale, rope_table)
+    text = ctypes.create_string_buffer(1 << 16)
+    call = _Call(ARCHITECTURES[device], seed, ctypes.cast(text, ctypes.c_char_p), len(text))
+    views = (_Tensor * len(tensors))(*map(_Tensor.of, tensors))
+    code = _library().qwen1m_emu_prefill_attention(
+        views, ctypes.c_int64(chunk_size), ctypes.c_int64(local_size), ctypes.byref(call)
+    )
+    if code == 1:
+        raise EmulatorIssue(text.value.decode())
+    if code != 0:
+        raise RuntimeError(text.value.decode())
