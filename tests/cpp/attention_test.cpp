@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -447,6 +448,37 @@ void check_bits() {
 }
 Q1M_TEST(bits_do_not_depend_on_cut_threads_or_width_in_fp32) { check_bits<float>(); }
 Q1M_TEST(bits_do_not_depend_on_cut_threads_or_width_in_bf16) { check_bits<bf16>(); }
+
+/// The tiles of a thread have several users: torch's matrix products keep a configuration of their
+/// own between calls. Neither side may see the other's.
+Q1M_TEST(tiles_are_shared_with_another_user) {
+  constexpr int kBytes = kSavedStateBytes;
+  struct User {  // 8 rows of 32 bytes, as amx_tiles.h lays a configuration out
+    alignas(64) std::array<uint8_t, kBytes> config{1};
+    User() {
+      for (size_t tile = 0; tile < 8; ++tile) config[16 + 2 * tile] = 32, config[48 + tile] = 8;
+    }
+  };
+  std::vector<NamedKernels> all{{"amx_software", amx_software_kernels(DType::kBFloat16)}};
+#if Q1M_HAVE_AMX
+  if (cpu_isa() >= CpuIsa::kAmx) all.push_back({"amx", amx_kernels(DType::kBFloat16)});
+#endif
+  Batch<bf16> batch({4, 2, 64, 113, 13, {{60, 300}}});
+  for (const auto& [name, kernels] : all) {
+    const BlockKernel& kernel = *kernels.begin();
+    const Result<bf16> alone = prefill(batch, kernels, 1);
+    const User user;
+    alignas(64) std::array<uint8_t, kBytes> before{}, found{};
+    kernel.begin(before.data());
+    for (int round = 0; round < 3; ++round) {
+      kernel.end(user.config.data());  // the other user configures the tiles of this thread
+      EXPECT(prefill(batch, kernels, 1) == alone);
+      kernel.begin(found.data());  // what it finds when it goes on
+      EXPECT(found == user.config);
+    }
+    kernel.end(before.data());
+  }
+}
 
 template <typename T>
 void check_nan() {

@@ -91,16 +91,21 @@ struct SoftwareTiles {
   static void zero() {
     memset(tiles()[kTile].words, 0, sizeof(Tile));
   }
+  /// As many rows and bytes as the configuration says: under another user's the numbers are wrong.
   template <int kTile>
   static void load(const void* p, int64_t row_stride_bytes) {
-    for (int64_t row = 0; row < 16; ++row) {
-      memcpy(tiles()[kTile].words[row], static_cast<const char*>(p) + row * row_stride_bytes, 64);
+    const TileConfig& c = config();
+    for (int64_t row = 0; row < c.rows[kTile]; ++row) {
+      memcpy(tiles()[kTile].words[row], static_cast<const char*>(p) + row * row_stride_bytes,
+             c.row_bytes[kTile]);
     }
   }
   template <int kTile>
   static void store(void* p, int64_t row_stride_bytes) {
-    for (int64_t row = 0; row < 16; ++row) {
-      memcpy(static_cast<char*>(p) + row * row_stride_bytes, tiles()[kTile].words[row], 64);
+    const TileConfig& c = config();
+    for (int64_t row = 0; row < c.rows[kTile]; ++row) {
+      memcpy(static_cast<char*>(p) + row * row_stride_bytes, tiles()[kTile].words[row],
+             c.row_bytes[kTile]);
     }
   }
   template <int kC, int kA, int kB>
