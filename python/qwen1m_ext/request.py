@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -10,6 +9,15 @@ from .config import GenerationConfig
 from .errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """A number, finite because the bounds are; an int of any size compares without overflow."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass
@@ -48,8 +56,7 @@ class SamplingParams:
 
         def number(name: str, low: float, high: float, expected: str) -> None:
             value = getattr(self, name)
-            ok = isinstance(value, int | float) and not isinstance(value, bool)
-            if not ok or not math.isfinite(value) or not low <= value <= high:
+            if not _is_number(value, low, high):
                 raise RequestError(f"{name}: expected {expected}, got {value!r}")
 
         def integer(name: str, low: int, expected: str, optional: bool = False) -> None:
@@ -80,16 +87,30 @@ class SamplingParams:
             raise RequestError(
                 f"min_tokens: expected at most max_tokens {self.max_tokens}, got {self.min_tokens}"
             )
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if not all(isinstance(text, str) and text for text in self.stop_list):
             raise RequestError(f"stop: expected non-empty strings, got {self.stop!r}")
-        for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or not isinstance(bias, int | float):
-                raise RequestError(f"logit_bias: expected id: number, got {token!r}: {bias!r}")
+        tokens = [] if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(tokens, list | tuple) or not all(map(_is_token, tokens)):
+            raise RequestError(f"stop_token_ids: expected a list of token ids, got {tokens!r}")
+        biases = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(biases, dict):
+            raise RequestError(f"logit_bias: expected {{token id: number}}, got {biases!r}")
+        for token, bias in biases.items():
+            if not _is_token(token) or not _is_number(bias, -1e6, 1e6):
+                raise RequestError(
+                    "logit_bias: expected {token id: number in [-1e6, 1e6]}, "
+                    f"got {token!r}: {bias!r}"
+                )
 
     @property
     def stop_list(self) -> list[str]:
         """The stop texts as a list."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        if self.stop is None:
+            return []
+        return list(self.stop) if isinstance(self.stop, list | tuple) else [self.stop]
 
     @classmethod
     def from_defaults(cls, defaults: GenerationConfig, max_tokens: int | None) -> SamplingParams:

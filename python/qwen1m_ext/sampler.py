@@ -100,7 +100,9 @@ class Sampler:
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution that is drawn from, [vocab] float64; needs temperature > 0."""
         p = self.params
-        probs = torch.softmax(logits.double() / p.temperature, -1)
+        exact = logits.double()
+        # The largest first becomes 0: with a tiny temperature it would be inf, and inf - inf NaN.
+        probs = torch.softmax((exact - exact.max()) / p.temperature, -1)
         if p.min_p > 0:
             probs = torch.where(probs >= p.min_p * probs.max(), probs, 0.0)
         keep_k = 0 < p.top_k < probs.numel()

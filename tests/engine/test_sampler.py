@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from qwen1m_ext.errors import RequestError
+from qwen1m_ext.errors import RequestError, WeightsError
 from qwen1m_ext.request import SamplingParams
 from qwen1m_ext.sampler import Sampler, top_logprobs
 
@@ -107,6 +107,24 @@ def test_greedy_and_its_penalties() -> None:
     assert [sampler.sample(LOGITS) for _ in range(4)] == [0, 1, 8, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature), (), VOCAB)
+    assert sampler.probabilities(LOGITS)[0] == 1
+
+
+def test_a_token_may_be_banned_and_forced() -> None:
+    banned = Sampler(SamplingParams(temperature=0, logit_bias={0: -1e6}), (), VOCAB)
+    assert banned.sample(LOGITS) == 1
+    forced = Sampler(SamplingParams(seed=1, logit_bias={9: 1e6}), (), VOCAB)
+    assert {forced.sample(LOGITS) for _ in range(100)} == {9}
+
+
+def test_nan_logits_are_refused() -> None:
+    with pytest.raises(WeightsError, match="logits: expected numbers, got NaN"):
+        Sampler(SamplingParams(), (), VOCAB).sample(torch.full((VOCAB,), torch.nan))
+
+
 def test_ties_of_top_k_and_top_p_keep_the_lower_id() -> None:
     flat = torch.zeros(VOCAB)
     sampler = Sampler(SamplingParams(top_k=3), (), VOCAB)
@@ -154,7 +172,13 @@ def test_top_logprobs() -> None:
      ("top_p", 1.01), ("top_k", -2), ("top_k", 2.5), ("min_p", 2), ("repetition_penalty", 0),
      ("presence_penalty", 3), ("frequency_penalty", -2.5), ("max_tokens", 0), ("n", 0),
      ("min_tokens", -1), ("min_tokens", 17), ("stop", ""), ("stop", ["a", 3]), ("seed", 1.5),
-     ("seed", 1 << 63), ("logprobs", -1), ("prompt_logprobs", True), ("logit_bias", {"a": 1})],
+     ("seed", 1 << 63), ("logprobs", -1), ("prompt_logprobs", True), ("logit_bias", {"a": 1}),
+     ("logit_bias", {3: float("nan")}), ("logit_bias", {3: float("inf")}), ("logit_bias", [3]),
+     ("logit_bias", {True: 1.0}), ("logit_bias", {-1: 1.0}), ("logit_bias", {3: 10**400}),
+     ("stop", 5), ("stop", b"x"), ("stop_token_ids", 5), ("stop_token_ids", ["a"]),
+     ("stop_token_ids", [-1]), ("stop_token_ids", [True]), ("ignore_eos", "no"),
+     ("skip_special_tokens", None), ("include_stop_str_in_output", 1),
+     ("temperature", 10**400), ("temperature", float("inf")), ("presence_penalty", -(10**400))],
 )  # fmt: skip
 def test_bad_values_are_named(name: str, value: object) -> None:
     with pytest.raises(RequestError, match=rf"{name}: expected"):
