@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # lib and reference, from any working directory
+
+# Idle threads of torch's pool sleep instead of spinning, here and in the processes that tests
+# start: on cores that others use too, the suite takes half the time (and no test is about time).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DEVICES = ("cpu", "emu", "cuda")
 
