@@ -148,9 +148,7 @@ def measure_length(run: Run, ours: Ours, peer: Peer, length: int, pairs: int) ->
             run.say(f"filling both caches with {length} tokens (resumed after the prefills)")
             ours.prefill(prompt), peer.prefill(prompt)
         ours.decode(prompt), peer.decode(prompt)
-        run.measure(
-            decode, max(pairs, 5), lambda: ours.decode(prompt), lambda: peer.decode(prompt)
-        )
+        run.measure(decode, max(pairs, 5), lambda: ours.decode(prompt), lambda: peer.decode(prompt))
 
 
 def main() -> None:
