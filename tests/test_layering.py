@@ -83,7 +83,9 @@ def test_cxx_layers(path):
     assert list(forbidden_includes(path, text)) == []
     if path.relative_to(ROOT).parts[:3] != ("csrc", "arch", "cuda") and path.suffix != ".S":
         code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-        assert not re.search(r"\basm\b|\b__asm__\b", code), "inline assembly lives in csrc/arch/cuda"
+        assert not re.search(r"\basm\b|\b__asm__\b", code), (
+            "inline assembly lives in csrc/arch/cuda"
+        )
     if folder_of(path) not in {"csrc/arch", "csrc/common"}:
         assert "__CUDACC__" not in text, "__CUDACC__ is for csrc/arch and csrc/common"
 

@@ -34,7 +34,9 @@ def why_not_on_gpu(op: str, test: str, parameters: dict[str, Any]) -> str | None
         return OF_THE_CPU[test]
     if parameters.get("dtype", "bf16") not in ("bf16", torch.bfloat16):
         return f"the kernels of {op} take bfloat16 only"
-    inputs = parameters.get("case") or (case(op, parameters["name"]) if "name" in parameters else {})
+    inputs = parameters.get("case") or (
+        case(op, parameters["name"]) if "name" in parameters else {}
+    )
     if inputs.get("head_dim", HEAD_DIMS[0]) not in HEAD_DIMS:
         return f"the kernels of {op} have head_dim 64 and 128, not {inputs['head_dim']}"
     if inputs.get("row_pad", 0) % 8:
