@@ -254,6 +254,8 @@ Q1M_DEVICE uint32_t pack_bf16(float low, float high) {
 }
 Q1M_DEVICE float bf16_low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
 Q1M_DEVICE float bf16_high(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000); }
+inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline int opaque(int value) { return value; }
 
 // --- Programmatic dependent launch: a launch runs alone here ---------------------------------
 

@@ -50,6 +50,7 @@ bool arrive(Thread& thread, NamedBarrier& bar, int id, int threads, Site site) {
   }
   bar.waiters.clear();
   bar.arrived = 0;
+  bar.completed = bar.expected;
   return true;
 }
 

@@ -12,7 +12,8 @@ namespace qwen1m::arch::emu {
 struct Thread;
 
 struct NamedBarrier {
-  int expected = 0;  // threads of the phase under way; 0: none has arrived
+  int expected = 0;   // threads of the phase under way, or of the last one
+  int completed = 0;  // threads of the last phase that ended
   int arrived = 0;
   Knowledge gathering;
   std::vector<Thread*> waiters;

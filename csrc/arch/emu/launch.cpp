@@ -129,6 +129,15 @@ void Simulation::check_block_exit(Block& block) {
                      shared_text(offset) + " has " + std::to_string(bar.tx_bytes) +
                      " bytes missing");
   }
+  for (int id = 0; id < 16; ++id) {
+    // Arrivals may be left over, but not because phases disagreed about their number.
+    const NamedBarrier& bar = block.named_barriers[id];
+    if (bar.arrived == 0 || bar.completed == 0 || bar.completed == bar.expected) continue;
+    report_issue("named-barrier", bar.first_site,
+                 "block " + std::to_string(block.index) + " exits with arrivals on barrier " +
+                     std::to_string(id) + " for " + std::to_string(bar.expected) +
+                     " threads; the phase before was for " + std::to_string(bar.completed));
+  }
   for (size_t warp = 0; warp < block.warps.size(); ++warp) {
     if (block.warps[warp]->reallocations == block.warps[warp / 4 * 4]->reallocations) continue;
     report_issue("registers", {"(exit)", 0},
