@@ -152,8 +152,8 @@ class Engine:
         """Refuse what cannot be served, before any work is done.
 
         Raises:
-            RequestError: empty prompt, a token outside the vocabulary, stop strings without a
-                tokenizer.
+            RequestError: empty prompt, a token outside the vocabulary (of the prompt or of the
+                sampling parameters), stop strings without a tokenizer.
             ContextTooLong: no room for the prompt and one new token.
             MemoryBudgetError: the pages of this request do not fit in memory now.
         """
@@ -170,6 +170,10 @@ class Engine:
                 f"{self.max_model_len} less one new token), got {len(token_ids)}; "
                 "nothing was truncated"
             )
+        for name in ("logit_bias", "stop_token_ids"):
+            for token in getattr(params, name) or ():
+                if token >= vocab:
+                    raise RequestError(f"{name}: expected token ids in [0, {vocab}), got {token}")
         if params.stop_list and self.tokenizer is None:
             raise RequestError("stop: expected none, as no tokenizer is loaded, got strings")
         tokens = min(len(token_ids) + (params.max_tokens or vocab), self.max_model_len)
@@ -283,9 +287,7 @@ class Engine:
         stop_ids = [*self.eos_token_ids, *(params.stop_token_ids or ())]
         start = time.perf_counter()
         for index in range(params.n):
-            sampler = Sampler(
-                params, result.prompt_token_ids, self.config.vocab_size, stop_ids, index
-            )
+            sampler = Sampler(params, result.prompt_token_ids, stop_ids, index)
             builder = OutputBuilder(index, params, self.tokenizer, self.eos_token_ids, max_tokens)
             result.outputs.append(builder.output)
             session.truncate(prompt_tokens)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import RequestError, WeightsError
+from .errors import WeightsError
 from .request import Logprob, SamplingParams, TokenLogprobs
 from .tokenizer import Tokenizer
 
@@ -25,16 +25,14 @@ class Sampler:
         self,
         params: SamplingParams,
         prompt_token_ids: Sequence[int],
-        vocab_size: int,
         stop_token_ids: Sequence[int] = (),
         index: int = 0,
     ) -> None:
         """Prepare for sample `index` of a request.
 
         Args:
-            params: the request's parameters, already checked in themselves.
+            params: the request's parameters, checked by themselves and against the vocabulary.
             prompt_token_ids: what repetition_penalty counts besides the output.
-            vocab_size: columns of the logits.
             stop_token_ids: suppressed until `min_tokens` are out.
             index: which of the `n` samples; each draws from its own stream.
         """
@@ -47,11 +45,6 @@ class Sampler:
         stream = (seed + index * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
         self._random = torch.Generator().manual_seed(stream)
         bias = params.logit_bias or {}
-        for token in bias:
-            if not 0 <= token < vocab_size:
-                raise RequestError(
-                    f"logit_bias: expected token ids in [0, {vocab_size}), got {token}"
-                )
         self._bias_ids = torch.tensor(list(bias), dtype=torch.int64)
         self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,17 @@ def test_prompts_in_every_form(llm: LLM) -> None:
 def test_bad_prompts(llm: LLM, prompt: object, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         llm.generate([prompt], GREEDY)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("params", [{"logit_bias": {5: 1.0, 260: 1.0}}, {"stop_token_ids": [260]}])
+def test_sampling_outside_the_vocabulary_is_refused_before_any_work(
+    llm: LLM, params: dict[str, Any]
+) -> None:
+    reports: list[Progress] = []
+    (name,) = params
+    with pytest.raises(RequestError, match=rf"{name}: expected token ids in \[0, 260\), got 260"):
+        llm.generate("fine", SamplingParams(**params), on_progress=reports.append)
+    assert not reports
 
 
 def test_a_bad_prompt_among_good_ones_is_refused_before_any_work(llm: LLM) -> None:

@@ -71,7 +71,7 @@ CASES = [
 def with_history(
     params: SamplingParams, prompt: tuple[int, ...], output: tuple[int, ...]
 ) -> Sampler:
-    sampler = Sampler(params, prompt, VOCAB)
+    sampler = Sampler(params, prompt)
     sampler._output.update(output)
     return sampler
 
@@ -88,7 +88,7 @@ def test_distribution_is_the_reference(case: dict[str, object]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_draws_follow_the_distribution(case: dict[str, object]) -> None:
     """Chi-square of 4,000 draws; a wrong order of the rules or a biased draw fails by far."""
-    sampler = Sampler(SamplingParams(seed=7, **case), (1,), VOCAB)  # type: ignore[arg-type]
+    sampler = Sampler(SamplingParams(seed=7, **case), (1,))  # type: ignore[arg-type]
     want = reference(LOGITS.numpy(), prompt=(1,), **case)  # type: ignore[arg-type]
     counts = np.zeros(VOCAB)
     for _ in range(4000):
@@ -102,44 +102,44 @@ def test_draws_follow_the_distribution(case: dict[str, object]) -> None:
 
 
 def test_greedy_and_its_penalties() -> None:
-    assert Sampler(SamplingParams(temperature=0), (), VOCAB).sample(LOGITS) == 0
-    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=1.0), (), VOCAB)
+    assert Sampler(SamplingParams(temperature=0), ()).sample(LOGITS) == 0
+    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=1.0), ())
     assert [sampler.sample(LOGITS) for _ in range(4)] == [0, 1, 8, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-300, 5e-324])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    sampler = Sampler(SamplingParams(temperature=temperature), (), VOCAB)
+    sampler = Sampler(SamplingParams(temperature=temperature), ())
     assert sampler.probabilities(LOGITS)[0] == 1
 
 
 def test_a_token_may_be_banned_and_forced() -> None:
-    banned = Sampler(SamplingParams(temperature=0, logit_bias={0: -1e6}), (), VOCAB)
+    banned = Sampler(SamplingParams(temperature=0, logit_bias={0: -1e6}), ())
     assert banned.sample(LOGITS) == 1
-    forced = Sampler(SamplingParams(seed=1, logit_bias={9: 1e6}), (), VOCAB)
+    forced = Sampler(SamplingParams(seed=1, logit_bias={9: 1e6}), ())
     assert {forced.sample(LOGITS) for _ in range(100)} == {9}
 
 
 def test_nan_logits_are_refused() -> None:
     with pytest.raises(WeightsError, match="logits: expected numbers, got NaN"):
-        Sampler(SamplingParams(), (), VOCAB).sample(torch.full((VOCAB,), torch.nan))
+        Sampler(SamplingParams(), ()).sample(torch.full((VOCAB,), torch.nan))
 
 
 def test_ties_of_top_k_and_top_p_keep_the_lower_id() -> None:
     flat = torch.zeros(VOCAB)
-    sampler = Sampler(SamplingParams(top_k=3), (), VOCAB)
+    sampler = Sampler(SamplingParams(top_k=3), ())
     assert sampler.probabilities(flat).nonzero()[:, 0].tolist() == [0, 1, 2]
-    sampler = Sampler(SamplingParams(top_p=0.45), (), VOCAB)
+    sampler = Sampler(SamplingParams(top_p=0.45), ())
     assert len(sampler.probabilities(flat).nonzero()) == 6
 
 
 def test_min_tokens_suppresses_stop_tokens() -> None:
-    sampler = Sampler(SamplingParams(temperature=0, min_tokens=2), (), VOCAB, stop_token_ids=[0])
+    sampler = Sampler(SamplingParams(temperature=0, min_tokens=2), (), stop_token_ids=[0])
     assert [sampler.sample(LOGITS) for _ in range(3)] == [1, 1, 0]
 
 
 def draws(seed: int | None, index: int = 0) -> list[int]:
-    sampler = Sampler(SamplingParams(seed=seed), (), VOCAB, index=index)
+    sampler = Sampler(SamplingParams(seed=seed), (), index=index)
     return [sampler.sample(LOGITS) for _ in range(40)]
 
 
@@ -148,11 +148,6 @@ def test_seeds() -> None:
     streams = [draws(3), draws(4), draws(3, index=1), draws(-3), draws(None), draws(None)]
     for a, b in itertools.combinations(streams, 2):
         assert a != b
-
-
-def test_logit_bias_outside_the_vocabulary() -> None:
-    with pytest.raises(RequestError, match=r"logit_bias: expected token ids in \[0, 12\), got 12"):
-        Sampler(SamplingParams(logit_bias={12: 1.0}), (), VOCAB)
 
 
 def test_top_logprobs() -> None:
