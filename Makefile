@@ -4,6 +4,7 @@
 #   make demo    the demo model answers questions             make lint   formats and types
 #   make test    C++ and Python tests                         make soak   long tests, sanitizers
 #   make bench   benchmarks against torch                     make clean  removes what was built
+#   make gpu     all that needs a GPU, with the torch installed there (tests/gpu/run.py)
 #
 # PYTHON=... picks the interpreter; TORCH=... the torch to install first, for example
 # make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -16,13 +17,13 @@ BUILD := build/release
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := $(shell find csrc include python -type f -not -name '*.so' -not -path '*/__pycache__/*')
 SOURCES += CMakeLists.txt setup.py pyproject.toml $(wildcard README.md)
-CXX_FILES := $(shell find csrc include tests/cpp -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find csrc include tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
 # One CMake tree serves the package and the C++ tests, so that the kernels are compiled once. The
 # package is installed for real (not editable): the tests test what a user gets.
 INSTALL := $(RUN) QWEN1M_BUILD_DIR=$(BUILD) python -m pip install --quiet --no-build-isolation
 
-.PHONY: demo test soak bench lint clean
+.PHONY: demo test soak bench gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,7 +31,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@echo "== C++ tests"
-	$(RUN) cmake -S . -B $(BUILD) -DQWEN1M_TESTS=ON -DQWEN1M_CUDA=0 -DCMAKE_MESSAGE_LOG_LEVEL=NOTICE
+	$(RUN) cmake -S . -B $(BUILD) -DQWEN1M_TESTS=ON -DQWEN1M_CUDA=$${QWEN1M_CUDA:-auto} -DCMAKE_MESSAGE_LOG_LEVEL=NOTICE
 	$(RUN) cmake --build $(BUILD)
 	$(RUN) ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
 	@echo "== Python tests"
@@ -44,6 +45,10 @@ soak: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	@for script in bench/*_cpu.py; do echo "== $$script"; $(RUN) python "$$script" || exit 1; done
+
+# No venv, no pip: the machine's own python, torch, nvcc and pytest.
+gpu:
+	$(PYTHON) tests/gpu/run.py
 
 lint: $(VENV)/.installed-lint
 	$(RUN) ruff check .
