@@ -96,7 +96,9 @@ def command_of(stage: str) -> list[str] | str:
         ],
         "doctor": [sys.executable, "-m", "qwen1m_ext", "doctor"],
         "stream": pytest("tests/cuda/test_gpu_ops.py", "--device=cuda", "-k", "stream or graph"),
-        "conformance": program("tests/arch/conformance_gpu", "--json", str(OUT / "conformance.json")),
+        "conformance": program(
+            "tests/arch/conformance_gpu", "--json", str(OUT / "conformance.json")
+        ),
         "ops": pytest(*OP_TESTS),
         "ops-sm80": pytest(*OP_TESTS),
         "kernels": pytest("tests/cuda/test_kernels.py", "tests/cuda/test_library.py"),
