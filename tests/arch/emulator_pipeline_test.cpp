@@ -180,6 +180,57 @@ Q1M_TEST(global_out_of_bounds) { caught("global-bounds", Bug::kGlobalOutOfBounds
 Q1M_TEST(barrier_overwritten) { caught("mbarrier-overlap", Bug::kBarrierOverwritten); }
 Q1M_TEST(barrier_initialised_twice) { caught("mbarrier-invalid", Bug::kInitTwice); }
 
+/// Thread 0 initialises a barrier of `count` and does something with it.
+template <typename Body>
+void caught_alone(const std::string& kinds, int count, const Body& body) {
+  Buffers buffers;
+  EXPECT_CAUGHT(kinds, kShape, [&] {
+    if (thread_index() != 0) return;
+    const auto smem = shared_memory<Layout>();
+    const auto bar = Q1M_SHARED_MEMBER(smem, full)[0];
+    mbarrier_init(bar, count);
+    fence_mbarrier_init();
+    body(bar, Q1M_SHARED_MEMBER(smem, stage)[0].as<void>(), buffers.in);
+  });
+}
+
+Q1M_TEST(more_arrivals_than_the_count) {
+  caught_alone("mbarrier-overarrive", 1, [](auto bar, auto, auto) {
+    mbarrier_arrive_expect_tx(bar, 16);  // keeps the phase open
+    mbarrier_arrive(bar);
+  });
+}
+Q1M_TEST(bytes_in_another_phase) {
+  // Landed at once, the first copy ends the phase before the second is issued, which is then too
+  // much.
+  caught_alone("mbarrier-phase|mbarrier-bytes", 1, [](auto bar, auto to, auto in) {
+    mbarrier_arrive_expect_tx(bar, 16);
+    bulk_load(to, in, 16, bar);
+    bulk_load(Shared<void>{to.address + 16}, in, 16, bar);
+    mbarrier_wait(bar, 0);
+  });
+}
+Q1M_TEST(bytes_missing_at_exit) {
+  caught_alone("mbarrier-bytes", 2,
+               [](auto bar, auto, auto) { mbarrier_arrive_expect_tx(bar, 16); });
+}
+Q1M_TEST(load_not_waited_for_at_exit) {
+  caught_alone("exit-in-flight", 1, [](auto bar, auto to, auto in) {
+    mbarrier_arrive_expect_tx(bar, 16);
+    bulk_load(to, in, 16, bar);
+  });
+}
+Q1M_TEST(bad_parity) {
+  caught_alone("mbarrier-invalid", 1, [](auto bar, auto, auto) { mbarrier_wait(bar, 2); });
+}
+Q1M_TEST(map_that_nobody_made) {
+  caught_alone("tensor-map", 1,
+               [](auto bar, auto to, auto) { tma_load(to, TensorMap{}, bar, {{0, 0, 0, 0, 0}}); });
+}
+Q1M_TEST(bulk_load_of_odd_bytes) {
+  caught_alone("alignment", 1, [](auto bar, auto to, auto in) { bulk_load(to, in, 24, bar); });
+}
+
 Q1M_TEST(deadlock_report_names_everything) {
   Buffers buffers;
   const emu::Report report =
