@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstddef>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/attention/block_kernel.h"
@@ -41,6 +43,7 @@ struct QueryTile {
   float logit_scale = 0;
 
   int64_t last_token() const { return first_token + num_tokens - 1; }
+  bool operator==(const QueryTile&) const = default;
 };
 
 /// Which of a token's three key ranges, hence which position its query is rotated to.
@@ -86,6 +89,7 @@ class TileWalker {
 
  private:
   void start(const QueryTile&);
+  /// The queries of the stage go to the blocks; those that are there already stay.
   void rotate_queries(const QueryTile&, Stage);
   /// [128, D] of the tile's KV head.
   const char* page_rows(const void* cache, const QueryTile&, int64_t page) const;
@@ -101,7 +105,8 @@ class TileWalker {
   const AttentionContext& context_;
   std::unique_ptr<float[], Free> memory_;
   std::vector<LaneBlock> blocks_;
-  int64_t num_rows_ = 0, num_blocks_ = 0, fetch_end_ = 0;  // of the walk at hand
+  std::optional<std::pair<QueryTile, Stage>> rotated_for_;  // whose queries the blocks hold
+  int64_t num_rows_ = 0, num_blocks_ = 0, fetch_end_ = 0;   // of the walk at hand
   float *rotated_, *k_pack_, *v_pack_, *scores_;
 };
 

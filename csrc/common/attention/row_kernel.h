@@ -7,6 +7,7 @@
 ///
 /// The sums run in another order than in vector_kernel.h: decode has its own bits.
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -24,7 +25,8 @@ struct RowKernel {
   using F = S::F;
   using U = S::U;
   static constexpr int kLanes = 4 * J;
-  static constexpr int kKeys = 8;  // keys per register tile
+  static constexpr int kKeys = 8;        // keys per register tile
+  static constexpr int kKeysAhead = 16;  // between a fetch into L1 and its use
   static constexpr int kElemsPerWord = Mac::kElemsPerWord;
   static constexpr bool kConvertsKeys = sizeof(T) == 2 && kElemsPerWord == 1;
 
@@ -63,26 +65,35 @@ struct RowKernel {
     const LaneBlock::Keys keys = block.keys(page, kKeys);
     if (keys.hi <= page.lo) return;
     const int first = keys.first, last = keys.last;
-    // The values of this page now; the keys of the next one while these values are used.
-    Prefetch values(static_cast<const char*>(page.v), page.page_bytes);
+    // Two fetches of the same bytes: the next page towards L2, and what comes a few keys later into
+    // L1, where it also repairs what the first has dropped.
+    Prefetch next_page(page.next_k, page.page_bytes, page.next_v);
+    const auto key_row = [&](int key) {
+      return static_cast<const char*>(page.k) + key * page.k_row_words * 4;
+    };
     for (int key = first; key < last; key += kKeys) {
-      score_keys(static_cast<const char*>(page.k) + key * page.k_row_words * 4, page.k_row_words,
-                 block.q, scores + key * kLanes, values);
+      score_keys(key_row(key), page.k_row_words, block.q, scores + key * kLanes, next_page,
+                 key_row(std::min(key + kKeysAhead, last - kKeys)));
     }
 
     alignas(64) float rescale[kLanes];
     if (keys.some_masked) mask_scores<kLanes>(block, page, keys, 0, scores);
-    softmax_lanes<kLanes, kElemsPerWord>(block, first, last, 0, log2_scale, scores, rescale);
+    softmax(block, first, last, log2_scale, scores, rescale);
 
-    kAccumulate[block.rows - 1](block, page, keys.hi, head_dim, scores, rescale);
+    kAccumulate[block.rows - 1](block, page, keys.hi, head_dim, scores, rescale, next_page);
   }
 
-  /// scores[key][lane] of 8 keys.
+  /// scores[key][lane] of 8 keys; `ahead` is fetched meanwhile, 8 keys too.
   static Q1M_SIMD void score_keys(const char* keys, int64_t row_words, const float* q,
-                                  float* scores, Prefetch& prefetch) {
+                                  float* scores, Prefetch& next_page, const char* ahead) {
     F c[kKeys][J] = {};
     for (int64_t w = 0; w < row_words; w += 4, q += 16 * J) {
-      prefetch.next_lines();
+      next_page.next_line();
+      next_page.next_line();
+      if constexpr (J == 1) next_page.next_line();  // as much per cycle: there is less to compute
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + 64);
+      ahead += 128;
       F lanes[J];
 #pragma GCC unroll 2
       for (int j = 0; j < J; ++j) lanes[j] = S::load(q + 16 * j);
@@ -125,48 +136,133 @@ struct RowKernel {
                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
   }
 
+  /// softmax_lanes of page_softmax.h with a vector full of scores: [16 / kLanes keys][kLanes rows].
+  static Q1M_SIMD void softmax(const LaneBlock& block, int first, int last, float log2_scale,
+                               float* scores, float* rescale) {
+    constexpr int kDegree = kElemsPerWord == 2 ? 3 : 5;
+    const F scale = S::splat(log2_scale);
+    const float* const end = scores + last * kLanes;
+
+    const F m_old = every_key(block.m);
+    F m0 = S::splat(-std::numeric_limits<float>::infinity()), m1 = m0;
+    for (const float* row = scores + first * kLanes; row != end; row += 32) {
+      m0 = S::max(S::load(row), m0);
+      m1 = S::max(S::load(row + 16), m1);
+    }
+    const auto max = [](F a, F b) __attribute__((always_inline)) { return S::max(a, b); };
+    const F m_new = S::max(over_keys(S::max(m0, m1), max), m_old);
+    // While a row has seen nothing but -inf, m stays -inf; a finite stand-in avoids inf - inf.
+    const F reference = S::max(m_new, S::splat(-std::numeric_limits<float>::max()));
+    const F f = S::template exp2<5>((m_old - reference) * scale);
+
+    // Subtract, then scale: the largest key gets a probability of exactly 1. Key j goes to the same
+    // one of 8 sums for either number of lanes, and these are added in the same order.
+    F sums[J][2] = {};
+    float* to = scores + first / kElemsPerWord * kLanes;
+    for (const float* row = scores + first * kLanes; row != end;) {
+#pragma GCC unroll 2
+      for (int j = 0; j < J; ++j, row += 32) {
+        F a = S::load(row), b = S::load(row + 16);
+        if constexpr (kElemsPerWord == 2) split_pairs(a, b);
+        a = S::template exp2<kDegree>((a - reference) * scale);
+        b = S::template exp2<kDegree>((b - reference) * scale);
+        if constexpr (kElemsPerWord == 2) {
+          S::store(to, round_to_pair<16>(a, b));  // not ahead of what is still to be read
+          to += 16;
+        } else {
+          S::store(to, a);
+          S::store(to + 16, b);
+          to += 32;
+        }
+        sums[j][0] += a;
+        sums[j][1] += b;
+      }
+    }
+    F sum = sums[0][0] + sums[0][1];
+    if constexpr (J == 2) {
+      sum = kElemsPerWord == 2 ? sum + (sums[1][0] + sums[1][1])
+                               : (sums[0][0] + sums[1][0]) + (sums[0][1] + sums[1][1]);
+    }
+    const auto add = [](F a, F b) __attribute__((always_inline)) { return a + b; };
+    const F l = S::fma(every_key(block.l), f, over_keys(sum, add));
+    store_lanes(block.m, m_new);
+    store_lanes(block.l, l);
+    store_lanes(rescale, f);
+  }
+
+  /// [kLanes rows] for each key of a vector.
+  static Q1M_SIMD F every_key(const float* lanes) {
+    if constexpr (J == 1) return (F)_mm512_broadcast_f32x4(_mm_load_ps(lanes));
+    return (F)_mm512_broadcast_f32x8(_mm256_load_ps(lanes));
+  }
+  static Q1M_SIMD void store_lanes(float* to, F x) {
+    if constexpr (J == 1) return _mm_store_ps(to, _mm512_castps512_ps128((__m512)x));
+    _mm256_store_ps(to, _mm512_castps512_ps256((__m512)x));
+  }
+  /// `op` of the keys of a vector, in every key's place.
+  template <typename Op>
+  static Q1M_SIMD F over_keys(F x, Op op) {
+    x = op(x, (F)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0b01'00'11'10));
+    if constexpr (J == 1) x = op(x, (F)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0b10'11'00'01));
+    return x;
+  }
+  /// Two vectors of consecutive keys to one of the even and one of the odd keys.
+  static Q1M_SIMD void split_pairs(F& a, F& b) {
+    const auto x = (__m512)a, y = (__m512)b;
+    a = (F)_mm512_shuffle_f32x4(x, y, J == 1 ? 0b10'00'10'00 : 0b01'00'01'00);
+    b = (F)_mm512_shuffle_f32x4(x, y, J == 1 ? 0b11'01'11'01 : 0b11'10'11'10);
+  }
+
   /// O = f O + P V for kRows rows: kVectors * 16 dimensions at a time, keys in ascending order.
   template <int kRows, int kVectors>
   static void accumulate_columns(const LaneBlock& block, const PageTile& page, int hi,
-                                 int64_t head_dim, const float* probabilities,
-                                 const float* rescale) {
+                                 int64_t head_dim, const float* probabilities, const float* rescale,
+                                 Prefetch& next_page) {
     constexpr int64_t kDims = kVectors * 16;
-    Prefetch next_keys(page.next_k, page.page_bytes);
     for (int64_t d = 0; d < head_dim; d += kDims) {
-      const T* v = static_cast<const T*>(page.v) + d;
       F sum[kRows][kVectors] = {};
-      const auto add_step = [&](const T* a, const T* b, int64_t step)
+      const auto add_step = [&](const T* a, const T* b, const float* p)
                                 __attribute__((always_inline)) {
-                                  next_keys.next_lines();
+                                  next_page.next_line();
+                                  next_page.next_line();
                                   F words[kVectors];
                                   load_words<kVectors>(a, b, words);
 #pragma GCC unroll 8
                                   for (int r = 0; r < kRows; ++r) {
-                                    const F p = S::broadcast(probabilities + step * kLanes + r);
-#pragma GCC unroll 2
+                                    const F probability = S::broadcast(p + r);
+#pragma GCC unroll 4
                                     for (int i = 0; i < kVectors; ++i)
-                                      sum[r][i] = Mac::mac(sum[r][i], words[i], p);
+                                      sum[r][i] = Mac::mac(sum[r][i], words[i], probability);
                                   }
                                 };
+      const T* row = static_cast<const T*>(page.v) + page.lo * head_dim + d;
+      const float* p = probabilities + page.lo / kElemsPerWord * kLanes;
+      int keys = hi - page.lo;
       if constexpr (kElemsPerWord == 1) {
-        for (int key = page.lo; key < hi; ++key) add_step(v + key * head_dim, nullptr, key);
+        for (; keys > 0; --keys, row += head_dim, p += kLanes) add_step(row, nullptr, p);
       } else {
         // A row outside [lo, hi) meets a probability of 0, but may hold NaN.
         static constexpr T kZeros[kDims] = {};
-        int key = page.lo;
-        if (key % 2 != 0) {
-          add_step(kZeros, v + key * head_dim, key / 2);
-          ++key;
+        if (page.lo % 2 != 0) {
+          add_step(kZeros, row, p);
+          --keys, row += head_dim, p += kLanes;
         }
-        for (; key + 1 < hi; key += 2) {
-          add_step(v + key * head_dim, v + (key + 1) * head_dim, key / 2);
+        const T* const last = row + (keys - 2) * head_dim;
+        for (; keys > 1; keys -= 2, row += 2 * head_dim, p += kLanes) {
+          const T* const ahead = std::min(row + kKeysAhead * head_dim, last);
+          for (int i = 0; i < kVectors; i += 2) {
+            __builtin_prefetch(ahead + 16 * i);
+            __builtin_prefetch(ahead + head_dim + 16 * i);
+          }
+          add_step(row, row + head_dim, p);
         }
-        if (key < hi) add_step(v + key * head_dim, kZeros, key / 2);
+        if (keys > 0) add_step(row, kZeros, p);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const F f = S::broadcast(rescale + r);
-#pragma GCC unroll 2
+        sort_words<kVectors>(sum[r]);
+#pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) {
           float* o = block.o + r * head_dim + d + i * 16;
           S::store(o, S::fma(S::load(o), f, sum[r][i]));
@@ -175,20 +271,20 @@ struct RowKernel {
     }
   }
 
-  /// kVectors * 16 dimensions of row a, or of rows a and b in pairs (a in the low half).
+  /// kVectors * 16 dimensions of row a, or of rows a and b in pairs (a in the low half). Pairs of
+  /// 32 dimensions come in the order of the cheapest instruction, 4 of each 8 in either vector:
+  /// sort_words puts their sums right. (Permutations cost a product each on Zen 4, these nothing.)
   template <int kVectors>
   static Q1M_SIMD void load_words(const T* a, [[maybe_unused]] const T* b, F (&words)[kVectors]) {
-    if constexpr (kElemsPerWord == 2 && kVectors == 2) {
-      typedef uint16_t H32 __attribute__((vector_size(64)));
-      const auto x = S::load<H32>(a), y = S::load<H32>(b);
-      words[0] =
-          (F)__builtin_shufflevector(x, y, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
-      words[1] = (F)__builtin_shufflevector(x, y, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-                                            22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60,
-                                            29, 61, 30, 62, 31, 63);
-    } else {
+    if constexpr (kElemsPerWord == 2 && kVectors > 1) {
 #pragma GCC unroll 2
+      for (int i = 0; i < kVectors; i += 2) {
+        const __m512i x = _mm512_loadu_si512(a + 16 * i), y = _mm512_loadu_si512(b + 16 * i);
+        words[i] = (F)_mm512_unpacklo_epi16(x, y);
+        words[i + 1] = (F)_mm512_unpackhi_epi16(x, y);
+      }
+    } else {
+#pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) {
         if constexpr (kElemsPerWord == 2) {
           words[i] = (F)((U)S::load_bf16(a + i * 16) >> 16 | (U)S::load_bf16(b + i * 16));
@@ -200,16 +296,33 @@ struct RowKernel {
       }
     }
   }
+  template <int kVectors>
+  static Q1M_SIMD void sort_words(F (&sums)[kVectors]) {
+    if constexpr (kElemsPerWord == 2 && kVectors > 1) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kVectors; i += 2) {
+        const F low = sums[i], high = sums[i + 1];
+        sums[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19,  //
+                                          4, 5, 6, 7, 20, 21, 22, 23);
+        sums[i + 1] = __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27,  //
+                                              12, 13, 14, 15, 28, 29, 30, 31);
+      }
+    }
+  }
 
   using Accumulate = void(const LaneBlock&, const PageTile&, int hi, int64_t head_dim,
-                          const float* probabilities, const float* rescale);
+                          const float* probabilities, const float* rescale, Prefetch&);
   template <int kRows>
   static void accumulate(const LaneBlock& block, const PageTile& page, int hi, int64_t head_dim,
-                         const float* probabilities, const float* rescale) {
-    if (head_dim % 32 == 0) {
-      accumulate_columns<kRows, 2>(block, page, hi, head_dim, probabilities, rescale);
+                         const float* probabilities, const float* rescale, Prefetch& next_page) {
+    // As many sums at a time as a product's latency needs and registers hold.
+    if (kRows <= 4 && head_dim % 64 == 0) {
+      accumulate_columns<kRows, kRows <= 4 ? 4 : 2>(block, page, hi, head_dim, probabilities,
+                                                    rescale, next_page);
+    } else if (head_dim % 32 == 0) {
+      accumulate_columns<kRows, 2>(block, page, hi, head_dim, probabilities, rescale, next_page);
     } else {
-      accumulate_columns<kRows, 1>(block, page, hi, head_dim, probabilities, rescale);
+      accumulate_columns<kRows, 1>(block, page, hi, head_dim, probabilities, rescale, next_page);
     }
   }
   template <size_t... kIndex>
