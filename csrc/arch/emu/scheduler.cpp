@@ -45,11 +45,9 @@ std::string stuck_text(const Block& block) {
   for (const auto& [reason, threads] : groups) {
     text += prefix + ranges_text(threads) + " in " + reason;
   }
-  for (const auto& [offset, bar] : std::map<uint32_t, const MbarrierState*>([&] {
-         std::map<uint32_t, const MbarrierState*> sorted;
-         for (const auto& [at, state] : block.mbarriers) sorted[at] = &state;
-         return sorted;
-       }())) {
+  std::map<uint32_t, const MbarrierState*> by_offset;
+  for (const auto& [offset, bar] : block.mbarriers) by_offset[offset] = &bar;
+  for (const auto& [offset, bar] : by_offset) {
     if (bar->pending == bar->count && bar->tx_bytes == 0) continue;
     text += prefix + "mbarrier " + shared_text(offset) + " (init at " + site_text(bar->init_site) +
             "), phase " + std::to_string(bar->phase) + ": " + std::to_string(bar->pending) +

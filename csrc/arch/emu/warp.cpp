@@ -25,7 +25,7 @@ void reallocate(int count, bool increase, Site site) {
     RegisterPool& pool = warp.block->registers;
     const int needed = (count - warp.registers) * 32;
     while (needed > pool.free) {
-      warp.block->registers.waiters.push_back(&thread);
+      pool.waiters.push_back(&thread);
       sim.block_running(
           {primitive, site, ": %lld registers needed, %lld free in the block", needed, pool.free});
     }

@@ -28,7 +28,7 @@ struct Warp {
   int reallocations = 0;
 };
 
-/// Registers of a block that no warp holds, and the warps that wait for some.
+/// Registers of a block that no warp holds, and who waits for some.
 struct RegisterPool {
   int free = 0;
   std::vector<Thread*> waiters;
