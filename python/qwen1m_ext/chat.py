@@ -15,6 +15,7 @@ from .tokenizer import Message
 HELP = """\
 /file PATH   send a text file together with your next message
 /reset       begin a new conversation
+/help        show these lines
 /exit        leave (so does the end of input)"""
 
 
@@ -97,6 +98,8 @@ def run_chat(chat: Chat, lines: Iterable[str], prompt: str) -> int:
             elif command == "/file":
                 print(f"{chat.attach(argument):,} characters attached", file=sys.stderr)
             elif command.startswith("/"):
+                if command != "/help":
+                    print(f"there is no {command}; what there is:", file=sys.stderr)
                 print(HELP, file=sys.stderr)
             elif text:
                 chat.ask(text)

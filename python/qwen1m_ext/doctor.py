@@ -62,10 +62,14 @@ def self_test() -> Iterator[tuple[str, float, float]]:
     """
     for dtype, tolerance in TOLERANCE.items():
         name = str(dtype).removeprefix("torch.")
-        for borders, tokens in ((0, 90), (1, 180), (2, 290)):
+        for borders, tokens in (
+            ("0 DCA borders", 90),
+            ("1 DCA border", 180),
+            ("2 DCA borders", 290),
+        ):
             prefill, decode = _attention_errors(dtype, tokens)
-            yield f"prefill_attention {name}, {borders} DCA borders", prefill, tolerance
-            yield f"decode_attention {name}, {borders} DCA borders", decode, tolerance
+            yield f"prefill_attention {name}, {borders}", prefill, tolerance
+            yield f"decode_attention {name}, {borders}", decode, tolerance
 
 
 def run_doctor() -> int:

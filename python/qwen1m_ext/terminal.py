@@ -26,16 +26,22 @@ def format_seconds(seconds: float) -> str:
 
 
 class PrefillBar:
-    """A progress bar fed by `on_progress`; the ETA is the engine's, which knows the work ahead."""
+    """A progress bar fed by `on_progress`; the ETA is the engine's, which knows the work ahead.
+
+    On a terminal it waits a second: the turns of a chat need none.
+    """
 
     def __init__(self, total: int) -> None:
+        terminal = sys.stderr.isatty()
+        self._delay = 1.0 if terminal else 0.0  # seconds
         self._bar: tqdm[NoReturn] = tqdm(
             total=total,
             desc="prefill",
             unit="tok",
             file=sys.stderr,
             leave=True,
-            mininterval=0.1 if sys.stderr.isatty() else 5.0,
+            delay=self._delay,
+            mininterval=0.1 if terminal else 5.0,
             bar_format="{desc} {percentage:3.0f}%|{bar:32}| {n:,}/{total:,} tokens{postfix}",
         )
 
@@ -63,7 +69,7 @@ class PrefillBar:
             text += f", {format_seconds(progress.eta)} left"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(progress.done - self._bar.n)
-        if progress.done >= progress.total:
+        if progress.done >= progress.total and progress.elapsed > self._delay:
             self._bar.refresh()
 
 

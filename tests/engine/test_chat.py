@@ -51,9 +51,10 @@ def test_a_whole_conversation(
 ) -> None:
     (tmp_path / "note.txt").write_text("the text")
     lines = ["hello", "", f"/file {tmp_path / 'note.txt'}", "what?", "/file /nowhere", "/help",
-             "/reset", "again", "/exit", "never"]  # fmt: skip
+             "/frob", "/reset", "again", "/exit", "never"]  # fmt: skip
     assert run_chat(chat, io.StringIO("\n".join(lines)), "") == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) >= 3
+    assert "there is no /frob" in err and "there is no /help" not in err
     assert "8 characters attached" in err and "No such file" in err and "/reset" in err
     assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["again"]
