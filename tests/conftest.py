@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """--device: where the op tests run."""
     parser.addoption(
         "--device",
-        default="cpu",
+        default="cpu,emu",
         help="comma-separated devices of the op tests: cpu, emu (emulated kernels), cuda",
     )
 
@@ -42,7 +42,9 @@ def selected_devices(config: pytest.Config) -> list[str]:
 def why_unavailable(device: str) -> str | None:
     """None if the op tests can run on a device, else the reason they cannot."""
     if device == "emu":
-        return "no emulated kernels exist in this version"
+        from lib.emulator import library_path
+
+        return None if library_path() else "libqwen1m_emu_ops.so is not built (make test builds it)"
     if device == "cuda":
         import torch
 
@@ -58,8 +60,8 @@ def why_unavailable(device: str) -> str | None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the GPU variants of a test where the kernels do not take its inputs."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    device = parameters.get("device")
-    if device not in ("emu", "cuda") or why_unavailable(device):
+    device = str(parameters.get("device"))
+    if not device.startswith(("emu", "cuda")) or why_unavailable(device.split("_")[0]):
         return
     from lib.gpu_limits import why_not_on_gpu
 
@@ -67,6 +69,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = why_not_on_gpu(op, getattr(item, "originalname", item.name), parameters)
     if reason:
         pytest.skip(f"{device}: {reason}")
+
+
+def emulated_devices(metafunc: pytest.Metafunc) -> list[str]:
+    """A device for each emulated kernel of the op that a test module is about; [] without any."""
+    from lib.emulator import ARCHITECTURES, OPS
+
+    op = Path(metafunc.module.__file__).stem.removeprefix("test_")
+    return list(ARCHITECTURES) if op in OPS else []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,7 +87,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for device in selected_devices(metafunc.config):
         reason = why_unavailable(device)
         marks = [pytest.mark.skip(reason=f"{device}: {reason}")] if reason else []
-        parameters.append(pytest.param(device, marks=marks, id=device))
+        names = emulated_devices(metafunc) if device == "emu" else [device]
+        parameters += [pytest.param(name, marks=marks, id=name) for name in names]
     metafunc.parametrize("device", parameters)
 
 

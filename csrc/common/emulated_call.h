@@ -44,8 +44,8 @@ struct EmulatedCall {
   int64_t text_bytes;
 };
 
-/// Runs body(options) with all tensors known to the emulator, those in `written` writable. Returns 0
-/// when the report is clean, 1 with issues, 2 after an Error.
+/// Runs body(options) with all tensors known to the emulator, those in `written` writable. Returns
+/// 0 when the report is clean, 1 with issues, 2 after an Error.
 template <typename Body>
 int run_emulated(const EmulatedCall& call, const EmulatedTensor* tensors, int count,
                  std::initializer_list<int> written, const Body& body) {

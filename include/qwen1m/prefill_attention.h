@@ -35,10 +35,10 @@ struct PrefillAttentionParams {
 void prefill_attention_cpu(const PrefillAttentionParams&, const ParallelFor&);
 
 /// sm_80 and later, with a kernel of its own for sm_90; QWEN1M_CUDA_KERNELS=sm80 in the environment
-/// takes the sm_80 one everywhere. bf16, D 64 or 128, data and rows aligned to 16 bytes. All data lie
-/// on the current device; their values are not checked, because that would stop the stream: lengths,
-/// page numbers and the rows of rope_table must be right. Asynchronous. Throws qwen1m::Error on a
-/// shape, dtype or stride that does not fit, and on a launch that fails.
+/// takes the sm_80 one everywhere. bf16, D 64 or 128, data and rows aligned to 16 bytes. All data
+/// lie on the current device; their values are not checked, because that would stop the stream:
+/// lengths, page numbers and the rows of rope_table must be right. Asynchronous. Throws
+/// qwen1m::Error on a shape, dtype or stride that does not fit, and on a launch that fails.
 void prefill_attention_cuda(const PrefillAttentionParams&, Stream);
 
 /// On the current CUDA device (sm_80 or newer), asynchronously on `stream`: bf16, D 64 or 128. All

@@ -1,7 +1,7 @@
 #pragma once
 /// Non-owning views: pointer, sizes and strides. Sizes and strides are in elements and 64-bit,
-/// because one million tokens times heads times head_dim overflows 32 bits. Everything is constexpr,
-/// so that device code may call it (nvcc --expt-relaxed-constexpr).
+/// because one million tokens times heads times head_dim overflows 32 bits. Everything is
+/// constexpr, so that device code may call it (nvcc --expt-relaxed-constexpr).
 
 #include <array>
 #include <cstddef>

@@ -1,12 +1,11 @@
 // The work list of the GPU kernels of prefill_attention (prefill_attention_tiles.h).
-#include "ops/prefill_attention/prefill_attention_tiles.h"
-
 #include <map>
 #include <tuple>
 #include <vector>
 
 #include "arch/emu/emulator.h"
 #include "common/attention/query_tile.h"
+#include "ops/prefill_attention/prefill_attention_tiles.h"
 #include "test.h"
 
 namespace qwen1m {
@@ -92,7 +91,7 @@ struct Batch {
 
 Q1M_TEST(blocks_cover_every_row_and_head_once) {
   const std::vector<Batch> batches = {{{300, 0, 1, 128}, {300, 77, 900, 129}, 6, 2, 64},
-                                      {{1000}, {70000}, 8, 4, 128},  // sections of 1 KV head
+                                      {{1000}, {70000}, 8, 4, 128},   // sections of 1 KV head
                                       {{500}, {20000}, 21, 3, 128}};  // sections of 3 and of 1
   for (const Batch& batch : batches) {
     for (const DualChunk& chunks : {DualChunk{}, DualChunk{256, 32}, DualChunk{48, 8}}) {
@@ -121,7 +120,8 @@ Q1M_TEST(blocks_cover_every_row_and_head_once) {
             continue;
           }
           EXPECT(!ended);  // the blocks without work are the last ones
-          EXPECT_EQ(tile.kv_head, static_cast<int32_t>(tile.q_head / (batch.q_heads / batch.kv_heads)));
+          EXPECT_EQ(tile.kv_head,
+                    static_cast<int32_t>(tile.q_head / (batch.q_heads / batch.kv_heads)));
           const auto b = static_cast<size_t>(tile.batch);
           EXPECT_EQ(tile.first_token - (kv_len[b] - batch.q_len[b]), tile.row - cu_q[b]);
           EXPECT_EQ(chunks.chunk(tile.first_token), chunks.chunk(tile.last_token()));

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lib.cases import PAGE_SIZE, THETA
+from lib.emulator import torch_device
 from lib.generator import tensor
 from reference.rope import rope_table
 
@@ -109,14 +110,10 @@ _ALL = {
 
 def good_arguments(op: str, device: str = "cpu") -> dict[str, Any]:
     """Fresh keyword arguments of an op, finite and within every rule (of its kernels there)."""
-    if op == "prefill_attention" and device in ("emu", "cuda"):
-        return {
-            name: value.to("cpu" if device == "emu" else device)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in _prefill_attention_gpu().items()
-        }
+    on_gpu = op == "prefill_attention" and device.startswith(("emu", "cuda"))
+    arguments = _prefill_attention_gpu() if on_gpu else _ALL[op]()
+    where = torch_device(device)
     return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in _ALL[op]().items()
+        name: value.to(where) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
     }

@@ -7,15 +7,33 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qwen1m_ext import ops
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = {"emu_sm90": 90, "emu_sm80": 80}
-"""Device names of the tests and the kernels they stand for."""
+"""Device names of the tests, `--device=emu` being both, and the kernels they stand for."""
+OPS = ("prefill_attention",)
+"""Operators with kernels that can be emulated."""
+
+
+def torch_device(device: str) -> str:
+    """Where the tensors of a test device lie: emulated kernels work on those of the host."""
+    return "cpu" if device in ARCHITECTURES else device
+
+
+def operator(name: str, device: str) -> Callable[..., None]:
+    """ops.<name>, or its emulated kernel."""
+    if device not in ARCHITECTURES:
+        return getattr(ops, name)
+    assert name in OPS
+    return partial(prefill_attention, device)
 
 
 class _Tensor(ctypes.Structure):
@@ -61,7 +79,9 @@ class _Call(ctypes.Structure):
 def library_path() -> Path | None:
     """The built library: QWEN1M_EMU_LIBRARY, else the newest below build/."""
     if named := os.environ.get("QWEN1M_EMU_LIBRARY"):
-        return Path(named)
+        path = Path(named)
+        assert path.is_file(), f"QWEN1M_EMU_LIBRARY: expected a file, got {named}"
+        return path
     found = sorted(ROOT.glob("build/*/libqwen1m_emu_ops.so"), key=lambda p: p.stat().st_mtime)
     return found[-1] if found else None
 

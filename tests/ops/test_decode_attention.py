@@ -79,7 +79,7 @@ def test_matches_definition(case: Case, dtype: str, device: str) -> None:
     """Tile, page, chunk and split edges, GQA, very different lengths, a NaN-poisoned cache."""
     inputs = attention_inputs(case, DTYPES[dtype])
     expected = reference(inputs, case["q_tokens"])
-    assert_attention(run(inputs, device), expected, dtype, case["logit_factor"])
+    assert_attention(run(inputs, device), expected, dtype, case["logit_factor"], device)
 
 
 @pytest.mark.isa

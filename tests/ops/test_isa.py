@@ -36,6 +36,7 @@ def test_ops_on_isa(isa: str) -> None:
         str(GOLDEN),
         "-m",
         "isa",
+        "--device=cpu",
         "-q",
         "-p",
         "no:cacheprovider",

@@ -16,8 +16,9 @@ namespace qwen1m {
 void check_attention(const PrefillAttentionParams&);
 void check_attention(const DecodeAttentionParams&);
 
-/// The part that reads no tensor: for arguments whose data lie on a GPU. Their values (lengths, page
-/// numbers, scales) are the caller's responsibility there, because reading them would stop the stream.
+/// The part that reads no tensor: for arguments whose data lie on a GPU. Their values (lengths,
+/// page numbers, scales) are the caller's responsibility there, because reading them would stop the
+/// stream.
 void check_attention_layout(const PrefillAttentionParams&);
 
 /// What the tiles of a call have in common. The arguments have been checked.

@@ -10,20 +10,22 @@ namespace {
 template <typename Kernel>
 arch::emu::Report emulate(const PrefillAttentionParams& p, const typename Kernel::Params& params,
                           const arch::emu::Options& options) {
-  return arch::emu::launch({.blocks = max_tiles(p),
-                            .threads = Kernel::kThreads,
-                            .shared_bytes = sizeof(typename Kernel::Smem)},
-                           [&] { Kernel::run(params); }, options);
+  return arch::emu::launch(
+      {.blocks = max_tiles(p),
+       .threads = Kernel::kThreads,
+       .shared_bytes = sizeof(typename Kernel::Smem)},
+      [&] { Kernel::run(params); }, options);
 }
 
 template <int kHeadDim>
 arch::emu::Report emulate(int architecture, const PrefillAttentionParams& p,
                           const arch::emu::Options& options) {
   if (architecture == 80) return emulate<PrefillAttentionSm80<kHeadDim>>(p, {p}, options);
-  return emulate<PrefillAttentionSm90<kHeadDim>>(p,
-                                                 {p, arch::emu::make_tensor_map(page_map(p.k_cache)),
-                                                  arch::emu::make_tensor_map(page_map(p.v_cache))},
-                                                 options);
+  return emulate<PrefillAttentionSm90<kHeadDim>>(
+      p,
+      {p, arch::emu::make_tensor_map(page_map(p.k_cache)),
+       arch::emu::make_tensor_map(page_map(p.v_cache))},
+      options);
 }
 
 }  // namespace
@@ -46,6 +48,7 @@ extern "C" int qwen1m_emu_prefill_attention(const EmulatedTensor* tensors, int64
                                    .dual_chunk = {chunk_size, local_size}};
     check_attention(p);  // the data lie on the host here, so that values are checked too
     check_prefill_attention_gpu(p);
+    if (p.q.size(0) == 0) return arch::emu::Report{.completed = true};  // as the CUDA backend does
     return p.q.size(2) == 128 ? emulate<128>(call->architecture, p, options)
                               : emulate<64>(call->architecture, p, options);
   });

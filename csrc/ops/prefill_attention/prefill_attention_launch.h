@@ -1,6 +1,6 @@
 #pragma once
-/// Host side that the GPU kernels and their emulation share: what the kernels demand beyond the op's
-/// contract, and their parameters.
+/// Host side that the GPU kernels and their emulation share: what the kernels demand beyond the
+/// op's contract, and their parameters.
 
 #include <cstdint>
 #include <string>

@@ -37,9 +37,9 @@ Q1M_DEVICE void rotate_pair(const arch::Vec16& cs, uint32_t& low, uint32_t& high
   high = arch::pack_bf16(y0 * c0 + x0 * s0, y1 * c1 + x1 * s1);
 }
 
-/// Rotates queries [first_row, first_row + num_rows) of the tile to a stage's position, in fp32 with
-/// one rounding, by `num_threads` threads of which this is number `thread`. Rows behind the tile's
-/// tokens become zero. The caller orders the writes before the reads.
+/// Rotates queries [first_row, first_row + num_rows) of the tile to a stage's position, in fp32
+/// with one rounding, by `num_threads` threads of which this is number `thread`. Rows behind the
+/// tile's tokens become zero. The caller orders the writes before the reads.
 template <int kHeadDim>
 Q1M_DEVICE void rotate_queries(const PrefillAttentionParams& p, const PrefillTile& tile, int stage,
                                RowTile<kHeadDim> to, int first_row, int num_rows, int thread,
@@ -150,8 +150,8 @@ struct RowSoftmax {
   }
 };
 
-/// The accumulator layout of scores is the A operand layout of probabilities: 16 keys are two groups
-/// of columns.
+/// The accumulator layout of scores is the A operand layout of probabilities: 16 keys are two
+/// groups of columns.
 template <int kKeys>
 Q1M_DEVICE void pack_probabilities(uint32_t (&p)[kKeys / 16][4], const float (&s)[kKeys / 2]) {
   Q1M_UNROLL

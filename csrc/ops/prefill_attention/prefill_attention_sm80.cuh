@@ -2,8 +2,8 @@
 /// prefill_attention on sm_80 and later without wgmma: bf16, head_dim 64 or 128.
 ///
 /// A block is 128 threads and one tile: 128 query tokens of one head, 32 rows a warp, so that each
-/// key and value fragment read from shared memory serves two 16-row products. Keys come in blocks of
-/// 64, the halves of a page, by cp.async; while a block's scores are computed its values are on
+/// key and value fragment read from shared memory serves two 16-row products. Keys come in blocks
+/// of 64, the halves of a page, by cp.async; while a block's scores are computed its values are on
 /// their way, and the next keys while its values are used (FlashAttention-2, arXiv:2307.08691):
 ///
 ///   copies     K0 |      V0      |      K1        |      V1      | ...
@@ -48,7 +48,8 @@ struct PrefillAttentionSm80 {
 
   // --- Produce -------------------------------------------------------------------------------
   static Q1M_DEVICE int32_t find_page(const Params& p, SharedSmem smem, const Walk& walk) {
-    const int32_t batch = arch::shared_load(Q1M_SHARED_MEMBER(Q1M_SHARED_MEMBER(smem, tile), batch));
+    const int32_t batch =
+        arch::shared_load(Q1M_SHARED_MEMBER(Q1M_SHARED_MEMBER(smem, tile), batch));
     return arch::global_load(p.args.block_table.at(batch, walk.page()));
   }
 
@@ -59,7 +60,7 @@ struct PrefillAttentionSm80 {
     const bf16* from = cache.as<const bf16>().at(page, tile.kv_head,
                                                  walk.first_key() % static_cast<int>(kPageSize));
     Q1M_NO_UNROLL  // 8 addresses more in registers made the D = 128 kernel spill
-    for (int i = arch::thread_index(); i < kKeys * (D / 8); i += kThreads) {
+        for (int i = arch::thread_index(); i < kKeys * (D / 8); i += kThreads) {
       const int row = i / (D / 8), chunk = i % (D / 8);
       arch::cp_async_16(to.at(row, chunk).template as<void>(), from + i * 8,
                         walk.first_key() + row < walk.end);
@@ -68,8 +69,8 @@ struct PrefillAttentionSm80 {
   }
 
   // --- Consume -------------------------------------------------------------------------------
-  /// What of the tile is needed at the borders of its key ranges and at the end only waits in shared
-  /// memory: at D = 128 its registers would spill.
+  /// What of the tile is needed at the borders of its key ranges and at the end only waits in
+  /// shared memory: at D = 128 its registers would spill.
   static Q1M_DEVICE void put_aside(const PrefillTile& tile, SharedSmem smem) {
     const auto to = Q1M_SHARED_MEMBER(smem, tile);
     if (arch::thread_index() == 0) {
@@ -92,7 +93,7 @@ struct PrefillAttentionSm80 {
   /// Four accumulators of one mma.sync among those of a thread.
   template <int kCount>
   static Q1M_DEVICE float (&quad(float (&x)[kCount], int group))[4] {
-    return reinterpret_cast<float(&)[4]>(x[4 * group]);
+    return reinterpret_cast<float (&)[4]>(x[4 * group]);
   }
 
   /// s = q k^T of the warp's 32 rows and one block.
@@ -108,8 +109,8 @@ struct PrefillAttentionSm80 {
       uint32_t a[kHalves][4];
       Q1M_UNROLL
       for (int half = 0; half < kHalves; ++half) {
-        arch::ldmatrix_x4(
-            a[half], q.at(warp * kWarpRows + half * 16 + lane % 16, 2 * step + lane / 16));
+        arch::ldmatrix_x4(a[half],
+                          q.at(warp * kWarpRows + half * 16 + lane % 16, 2 * step + lane / 16));
       }
       Q1M_UNROLL
       for (int j = 0; j < kKeys / 8; j += 2) {  // two groups of 8 keys
@@ -148,8 +149,7 @@ struct PrefillAttentionSm80 {
     const Keys k{Q1M_SHARED_MEMBER(smem, k)}, v{Q1M_SHARED_MEMBER(smem, v)};
     const int warp = arch::warp_index(), lane = arch::lane_index();
     const int warp_row = warp * kWarpRows;
-    const float scale_log2 =
-        arch::global_load(p.args.logit_scale.at(tile.batch)) * 1.44269504f;
+    const float scale_log2 = arch::global_load(p.args.logit_scale.at(tile.batch)) * 1.44269504f;
     float o[kHalves][D / 2], s[kHalves][kKeys / 2];
     uint32_t probabilities[kHalves][kKeys / 16][4];
     RowSoftmax softmax[kHalves];

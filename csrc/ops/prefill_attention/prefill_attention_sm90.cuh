@@ -1,5 +1,6 @@
 #pragma once
-/// prefill_attention on sm_90a: bf16, head_dim 64 or 128, Dual Chunk Attention in one online softmax.
+/// prefill_attention on sm_90a: bf16, head_dim 64 or 128, Dual Chunk Attention in one online
+/// softmax.
 ///
 /// A block is 384 threads and one tile: 128 query tokens of one head. One producer thread loads
 /// pages of keys and values, [128, D] each, from where they lie in the cache (one TMA load a page);
@@ -8,8 +9,8 @@
 ///   producer    K0 V0 | K1 V1 | K2 V2 ...              ring of kStages pages, K and V apart
 ///   consumer    S0 ; softmax0 ; [S1 | O += P0 V0] softmax1 ; [S2 | O += P1 V1] softmax2 ; ...
 ///
-/// In brackets: two groups of wgmma in flight. The softmax of page n overlaps with P V of page n - 1
-/// in the same warpgroup, and with the products of the other warpgroup, whose turns two named
+/// In brackets: two groups of wgmma in flight. The softmax of page n overlaps with P V of page n -
+/// 1 in the same warpgroup, and with the products of the other warpgroup, whose turns two named
 /// barriers order (FlashAttention-3, arXiv:2407.08608, sections 3.1 and 3.2).
 ///
 /// Keys come in ascending order, inter, successive and intra range (prefill_attention_tiles.h). The
@@ -117,8 +118,8 @@ struct PrefillAttentionSm90 {
     }
   }
 
-  /// The warpgroup's 64 queries at the position of a stage. The scores of the stage before have been
-  /// waited for, so nobody reads the old ones.
+  /// The warpgroup's 64 queries at the position of a stage. The scores of the stage before have
+  /// been waited for, so nobody reads the old ones.
   static Q1M_DEVICE void load_queries(const Params& p, const PrefillTile& tile, SharedSmem smem,
                                       int stage, int group) {
     rotate_queries<D>(p.args, tile, stage, {Q1M_SHARED_MEMBER(smem, q)}, group * kRows, kRows,

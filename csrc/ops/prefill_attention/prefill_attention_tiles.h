@@ -52,9 +52,9 @@ struct TokenTiles {
   }
 };
 
-/// Blocks to launch: never fewer than there are tiles. The lengths are on the device; the host knows
-/// only how many rows there are, and that a sequence of n rows meets at most n / chunk_len + 1
-/// borders, each of which can add one tile.
+/// Blocks to launch: never fewer than there are tiles. The lengths are on the device; the host
+/// knows only how many rows there are, and that a sequence of n rows meets at most n / chunk_len +
+/// 1 borders, each of which can add one tile.
 inline int64_t max_tiles(const PrefillAttentionParams& p) {
   const int64_t rows = p.q.size(0), batch = p.kv_len.size(0);
   return (rows / kTileTokens + rows / p.dual_chunk.chunk_len() + 2 * batch) * p.q.size(1);
@@ -92,7 +92,8 @@ Q1M_DEVICE bool find_tile(const PrefillAttentionParams& p, int64_t block, Prefil
     const int64_t section_blocks = together * group * count;
     const int64_t section = block / section_blocks, within = block % section_blocks;
     const int64_t first_kv_head = section * together;
-    const int64_t heads = (kv_heads - first_kv_head < together ? kv_heads - first_kv_head : together) * group;
+    const int64_t heads =
+        (kv_heads - first_kv_head < together ? kv_heads - first_kv_head : together) * group;
     const TokenTiles::Span span = tiles.at(count - 1 - within / heads);
     const int64_t q_head = first_kv_head * group + within % heads;
     tile = {.batch = static_cast<int32_t>(b),
