@@ -9,8 +9,9 @@ Ours reads pages in random order. The peer for decode's bandwidth is a sum over 
 the two caches. In decode both take the next of several equal caches at each call, together at least
 256 MiB, as the layers of a model do: the bytes come from memory, not from the last call's L3. (SDPA
 always gets the same ones.) Rotary angles are 0, because SDPA rotates nothing. Outputs are compared
-before anything is timed. Writes bench/results/cpu/attention.json; bench/cpu_peak.cpp measures the
-processor's peak, for percentages.
+before anything is timed. Writes attention_prefill.json and attention_decode.json to
+bench/results/cpu, each if it has rows: either half can be run alone, with the other's list of
+lengths left empty. bench/cpu_peak.cpp measures the processor's peak, for percentages.
 """
 
 from __future__ import annotations
@@ -176,7 +177,9 @@ def main() -> None:
     for heads in HEADS:
         for tokens in arguments.decode:
             rows += measure(make_case(tokens, 1, heads, bf16), 5 * arguments.pairs, "decode", bf16)
-    print(write("cpu/attention", start, rows))
+    for what in ("prefill", "decode"):
+        if of_this := [row for row in rows if row["what"] == what]:
+            print(write(f"cpu/attention_{what}", start, of_this))
 
 
 if __name__ == "__main__":

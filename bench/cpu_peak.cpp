@@ -1,4 +1,4 @@
-// What one core of this machine can do, to read bench/results/cpu/attention.json against: fused
+// What one core of this machine can do, to read bench/results/cpu/attention_*.json against: fused
 // multiply-adds in fp32, dot products of bf16 pairs, bytes read from memory.
 //
 //   g++ -O2 -std=c++20 -mavx512f -mavx512bf16 bench/cpu_peak.cpp -o cpu_peak -pthread && ./cpu_peak
