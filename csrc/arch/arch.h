@@ -10,7 +10,8 @@
 /// Rules that keep kernels free of #ifdef:
 ///  * shared memory is reached through handles (Shared<T>) only, global memory through global_*;
 ///  * two bf16 travel as one uint32_t, the lower index in the lower half (pack_bf16);
-///  * registers that an asynchronous wgmma reads or writes are listed in wgmma_fence and wgmma_wait;
+///  * registers that an asynchronous wgmma reads or writes are listed in wgmma_fence and
+///  wgmma_wait;
 ///  * ids of named barriers are compile-time constants.
 
 #include <cstddef>
@@ -82,10 +83,9 @@ struct Shared<T[kSize]> {
 };
 
 /// Handle of a member of the struct behind a handle.
-#define Q1M_SHARED_MEMBER(handle, member)                                               \
-  (::qwen1m::arch::Shared<                                                              \
-      decltype(std::remove_cvref_t<decltype(handle)>::Type::member)>{                   \
-      (handle).address + static_cast<uint32_t>(offsetof(                                \
+#define Q1M_SHARED_MEMBER(handle, member)                                                 \
+  (::qwen1m::arch::Shared<decltype(std::remove_cvref_t<decltype(handle)>::Type::member)>{ \
+      (handle).address + static_cast<uint32_t>(offsetof(                                  \
                              typename std::remove_cvref_t<decltype(handle)>::Type, member))})
 
 /// 16 bytes, the unit of vectorised copies.
@@ -106,11 +106,11 @@ Q1M_DEVICE void shared_store(Shared<T> to, T value Q1M_SITE);
 
 // --- Identity --------------------------------------------------------------------------------
 
-Q1M_DEVICE int thread_index();     // %tid.x
-Q1M_DEVICE int lane_index();       // thread_index() % 32
-Q1M_DEVICE int warp_index();       // thread_index() / 32, uniform in a warp
-Q1M_DEVICE int64_t block_index();  // %ctaid.x
-Q1M_DEVICE int64_t num_blocks();   // %nctaid.x
+Q1M_DEVICE int thread_index();       // %tid.x
+Q1M_DEVICE int lane_index();         // thread_index() % 32
+Q1M_DEVICE int warp_index();         // thread_index() / 32, uniform in a warp
+Q1M_DEVICE int64_t block_index();    // %ctaid.x
+Q1M_DEVICE int64_t num_blocks();     // %nctaid.x
 Q1M_DEVICE uint32_t cluster_rank();  // %cluster_ctarank; 0 without a cluster
 Q1M_DEVICE uint32_t cluster_size();  // %cluster_nctarank; 1 without a cluster
 
@@ -198,10 +198,11 @@ Q1M_DEVICE void fence_proxy_async(Q1M_ONLY_SITE);
 /// Swizzle of 16-byte chunks inside rows of W bytes. 128: chunk ^= (address / 128) % 8.
 enum class Swizzle : int { kNone = 0, k32 = 32, k64 = 64, k128 = 128 };
 
-/// What a tensor map describes, always with five dimensions; dim 0 is the contiguous one. Host side.
+/// What a tensor map describes, always with five dimensions; dim 0 is the contiguous one. Host
+/// side.
 struct TensorMapSpec {
-  void* base = nullptr;          // 16-byte aligned
-  int element_bytes = 2;         // 2 (bf16) or 4 (fp32)
+  void* base = nullptr;                         // 16-byte aligned
+  int element_bytes = 2;                        // 2 (bf16) or 4 (fp32)
   uint64_t sizes[5] = {1, 1, 1, 1, 1};          // elements, 1 to 2^32; unused dims have 1
   uint64_t stride_bytes[4] = {16, 16, 16, 16};  // of dims 1 to 4; multiples of 16, < 2^40
   uint32_t box[5] = {1, 1, 1, 1, 1};  // elements of one copy, <= 256; box[0] elements: a multiple
@@ -264,8 +265,10 @@ enum class Major : int { kK = 0, kMN = 1 };
 ///   (of k) to the next.
 Q1M_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t leading_bytes,
                                            uint32_t stride_bytes, Swizzle swizzle) {
-  const uint64_t code = swizzle == Swizzle::k128 ? 1 : swizzle == Swizzle::k64 ? 2
-                        : swizzle == Swizzle::k32 ? 3 : 0;
+  const uint64_t code = swizzle == Swizzle::k128  ? 1
+                        : swizzle == Swizzle::k64 ? 2
+                        : swizzle == Swizzle::k32 ? 3
+                                                  : 0;
   return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{(leading_bytes & 0x3ffff) >> 4} << 16 |
          uint64_t{(stride_bytes & 0x3ffff) >> 4} << 32 | code << 62;
 }
@@ -315,15 +318,16 @@ Q1M_DEVICE void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared<Vec16> row Q1M_S
 Q1M_DEVICE void stmatrix_x4(Shared<Vec16> row, uint32_t r0, uint32_t r1, uint32_t r2,
                             uint32_t r3 Q1M_SITE);
 /// mma.sync.m16n8k16.row.col.f32.bf16.bf16.f32 (9.7.14.5.8): d += a b.
-Q1M_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] Q1M_SITE);
+Q1M_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                             const uint32_t (&b)[2] Q1M_SITE);
 
 // --- Arithmetic ------------------------------------------------------------------------------
 
-Q1M_DEVICE float exp2_approx(float x);  // ex2.approx.ftz.f32: 2 ulp; 2^-inf = 0
-Q1M_DEVICE float log2_approx(float x);  // lg2.approx.ftz.f32
-Q1M_DEVICE float reciprocal_approx(float x);       // rcp.approx.ftz.f32
+Q1M_DEVICE float exp2_approx(float x);                 // ex2.approx.ftz.f32: 2 ulp; 2^-inf = 0
+Q1M_DEVICE float log2_approx(float x);                 // lg2.approx.ftz.f32
+Q1M_DEVICE float reciprocal_approx(float x);           // rcp.approx.ftz.f32
 Q1M_DEVICE uint32_t pack_bf16(float low, float high);  // cvt.rn.bf16x2.f32
-Q1M_DEVICE float bf16_low(uint32_t pair);   // the lower half as fp32, exact
+Q1M_DEVICE float bf16_low(uint32_t pair);              // the lower half as fp32, exact
 Q1M_DEVICE float bf16_high(uint32_t pair);
 Q1M_DEVICE float as_float(uint32_t bits);
 

@@ -56,14 +56,14 @@ class Stage:
 
 STAGES = (
     Stage(128, 1e4, 400),
-    Stage(256, 3e4, 250),
-    Stage(512, 1e5, 300, focus=0.4, temperature=(0.55, 1.6)),
-    Stage(1024, 3e5, 150, focus=0.5, temperature=(0.55, 2.0)),
-    Stage(2048, 1e6, 180, focus=0.6, lr=(1.0, 0.6), temperature=(0.5, 2.2)),
-    Stage(2048, 1e6, 320, focus=0.7, dense=True, lr=(0.6, 0.01), temperature=(0.55, 2.2)),
+    Stage(256, 2e4, 250),
+    Stage(512, 4e4, 300, focus=0.4, temperature=(0.55, 1.6)),
+    Stage(1024, 6e4, 150, focus=0.5, temperature=(0.55, 2.0)),
+    Stage(2048, 1e5, 180, focus=0.6, lr=(1.0, 0.6), temperature=(0.5, 2.2)),
+    Stage(2048, 1e5, 320, focus=0.7, dense=True, lr=(0.6, 0.01), temperature=(0.55, 2.2)),
     Stage(
         2048,
-        1e6,
+        1e5,
         300,
         focus=0.8,
         dense=True,
@@ -73,13 +73,24 @@ STAGES = (
     ),
     Stage(
         2048,
-        1e6,
+        1e5,
         400,
         focus=0.9,
         dense=True,
         near_values=True,
         lr=(0.4, 0.01),
         temperature=(0.7, 2.1),
+    ),
+    Stage(
+        2048,
+        1e5,
+        750,
+        focus=1.0,
+        official=0.6,
+        dense=True,
+        near_values=True,
+        lr=(0.7, 0.01),
+        temperature=(0.6, 2.1),
     ),
 )
 WARMUP_STEPS = 60
