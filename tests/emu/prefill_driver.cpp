@@ -27,8 +27,9 @@
 namespace qwen1m {
 namespace {
 
-constexpr int64_t kHeads = 2, kKvLen = 587, kRows = 280;
-constexpr DualChunk kChunks{.chunk_size = 250, .local_size = 42};  // chunk_len 208
+// chunk_len 208: borders at 208, 416 and 624; the last page is [512, 633), with a border inside.
+constexpr int64_t kHeads = 2, kKvLen = 633, kRows = 280;
+constexpr DualChunk kChunks{.chunk_size = 250, .local_size = 42};
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 
 /// Memory that the kernel may touch.

@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib.budgets import BUDGETS
 from lib.cases import PagedCache, empty_cache
 from lib.compare import assert_close, worst_error
+from lib.emulator import ARCHITECTURES, library_path, operator
 from lib.generator import tensor
 from qwen1m_ext import ops
 from qwen1m_ext.attention import build_rope_table
@@ -95,9 +97,18 @@ def append(
 
 
 def prefill(
-    rules: Rules, q: Tensor, k: Tensor, v: Tensor, tokens_per_call: int | None = None
+    rules: Rules,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_call: int | None = None,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """A prompt through both ops, in one call or several; returns (out [T, H, D], lse [T, H])."""
+    """A prompt through both ops, in one call or several; returns (out [T, H, D], lse [T, H]).
+
+    `device` is that of the attention: "cpu", or an emulated kernel.
+    """
+    attend = operator("prefill_attention", device)
     total, heads, dim = q.shape
     cache = empty_cache([total], k.shape[1], dim, q.dtype)
     out, lse = torch.empty_like(q), torch.empty(total, heads)
@@ -106,7 +117,7 @@ def prefill(
         end = min(begin + step, total)
         now = slice(begin, end)
         rotated = append(rules, q[now], k[now], v[now], cache, 0, range(begin, end))
-        ops.prefill_attention(
+        attend(
             out[now],
             lse[now],
             rotated,
@@ -169,6 +180,30 @@ def test_dense_prefill(name: str, tokens_per_call: int | None) -> None:
         stages = torch.stack([file[f"stage_{stage}_lse"] for stage in ("intra", "succ", "inter")])
         expected = stages.double().nan_to_num(-torch.inf).logsumexp(0).T
         assert_close(lse[rows], expected, "golden/fp32", "lse")
+
+
+@pytest.mark.skipif(library_path() is None, reason="emu: libqwen1m_emu_ops.so is not built")
+@pytest.mark.parametrize("kernel", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["d64_t400", "d128_t400", "d128_t1100"])
+def test_dense_prefill_by_emulated_kernels(name: str, kernel: str) -> None:
+    """The GPU kernels have bf16 only: the same inputs, rounded."""
+    file = load(f"dense_{name}")
+    q, k, v = (x.bfloat16() for x in file.qkv(file.meta["seed_q"], file.meta["T"]))
+    rules = right_rules(file.meta, len(q))
+    out, _ = prefill(rules, q, k, v, tokens_per_call=700, device=kernel)
+    rows = file["rows"].long()
+    assert_close(out[rows], file["out"], "golden/bf16")
+
+
+@pytest.mark.skipif(library_path() is None, reason="emu: libqwen1m_emu_ops.so is not built")
+@pytest.mark.parametrize("kernel", ARCHITECTURES)
+def test_a_broken_rule_is_seen_in_emulated_kernels(kernel: str) -> None:
+    """The budget of bf16 inputs is narrow enough to tell a clamp that is off by one."""
+    file = load("dense_d64_t400")
+    q, k, v = (x.bfloat16() for x in file.qkv(file.meta["seed_q"], file.meta["T"]))
+    rules = BROKEN["clamp_below"](right_rules(file.meta, len(q)))
+    out, _ = prefill(rules, q, k, v, device=kernel)
+    assert worst_error(out[file["rows"].long()], file["out"]) > 10 * BUDGETS["golden/bf16"].atol
 
 
 @pytest.mark.isa

@@ -164,11 +164,9 @@ struct PrefillAttentionSm80 {
     int32_t page = find_page(p, smem, walk);
     load_block(p.args.k_cache, tile, walk, page, k);
     for (int stage = -1; !walk.done();) {
-      if (walk.stage != stage) {  // each warp reads its own rows only
+      if (walk.stage != stage) {  // between two block barriers, as all uses of the queries are
         stage = walk.stage;
-        arch::warp_sync();
         rotate_queries<D>(p.args, whole(tile, smem), stage, q, warp_row, kWarpRows, lane, 32);
-        arch::warp_sync();
       }
       arch::cp_async_wait<0>();
       arch::block_sync();  // keys are here; the values of the block before are done with

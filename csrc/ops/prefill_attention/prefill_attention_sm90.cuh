@@ -41,9 +41,8 @@ struct PrefillAttentionSm90 {
   static_assert(D == 64 || D == 128, "one or two swizzle panels; P V has N = D columns");
   static_assert(kTileTokens == 2 * kRows, "two consumer warpgroups");
 
-  /// Named barriers: the turn of each warpgroup to start its products, its own 128 threads, and all
-  /// consumers.
-  static constexpr int kTurn0 = 1, kTurn1 = 2, kOwn0 = 3, kOwn1 = 4, kConsumers = 5;
+  /// Named barriers: the turn of each warpgroup to start its products, and all consumers.
+  static constexpr int kTurn0 = 1, kTurn1 = 2, kConsumers = 3;
 
   struct Params {
     PrefillAttentionParams args;
@@ -119,17 +118,13 @@ struct PrefillAttentionSm90 {
   }
 
   /// The warpgroup's 64 queries at the position of a stage. The scores of the stage before have
-  /// been waited for, so nobody reads the old ones.
+  /// been waited for, so nobody reads the old ones; take_turn is a barrier of the whole warpgroup
+  /// and orders these writes before the products.
   static Q1M_DEVICE void load_queries(const Params& p, const PrefillTile& tile, SharedSmem smem,
                                       int stage, int group) {
     rotate_queries<D>(p.args, tile, stage, {Q1M_SHARED_MEMBER(smem, q)}, group * kRows, kRows,
                       arch::thread_index() % 128, 128);
     arch::fence_proxy_async();
-    if (group == 0) {
-      arch::named_barrier_sync<kOwn0>(128);
-    } else {
-      arch::named_barrier_sync<kOwn1>(128);
-    }
   }
 
   /// s = q k^T of 64 rows and one page; a group of its own.
@@ -162,9 +157,10 @@ struct PrefillAttentionSm90 {
     arch::wgmma_commit();
   }
 
-  /// Values behind the sequence's last token may be NaN, and 0 * NaN is NaN: both warpgroups zero
-  /// the rest of the page. Nobody reads it before the barrier.
-  static Q1M_DEVICE void zero_tail(SharedSmem smem, int stage, int first_row, int group) {
+  /// Values behind the sequence's last token may be NaN, and 0 * NaN is NaN: before a page that
+  /// holds its end is multiplied, both warpgroups zero the rest of it. Nobody reads it before the
+  /// barrier, which comes outside of the turns.
+  static Q1M_DEVICE void zero_tail(SharedSmem smem, int stage, int first_row) {
     const RowTile<D> v{Q1M_SHARED_MEMBER(smem, v)[stage]};
     for (int i = arch::thread_index() - 128; i < (kKeys - first_row) * (D / 8);
          i += kConsumerThreads) {
@@ -181,6 +177,7 @@ struct PrefillAttentionSm90 {
     const int first_token = tile.first_token + group * kRows;  // of the warpgroup
     const float logit_scale = arch::global_load(p.args.logit_scale.at(tile.batch));
     const float scale_log2 = logit_scale * 1.44269504f;
+    const int kv_len = static_cast<int>(arch::global_load(p.args.kv_len.at(tile.batch)));
     const auto k_full = Q1M_SHARED_MEMBER(smem, k_full), k_free = Q1M_SHARED_MEMBER(smem, k_free);
     const auto v_full = Q1M_SHARED_MEMBER(smem, v_full), v_free = Q1M_SHARED_MEMBER(smem, v_free);
     float o[D / 2], s[kKeys / 2];
@@ -206,10 +203,15 @@ struct PrefillAttentionSm90 {
 
     for (;;) {
       const int stage = walk.stage;
+      const int rows_left = kv_len - walk.first_key();  // of the page that waits for its P V
       walk.next();
       if (walk.done()) break;
       k_ring.advance();
       if (walk.stage != stage) load_queries(p, tile, smem, walk.stage, group);
+      if (rows_left < kKeys) {  // a page with the end of the sequence and a border in front of it
+        v_ring.wait_full(v_full);
+        zero_tail(smem, v_ring.stage, rows_left);
+      }
       k_ring.wait_full(k_full);
       take_turn(group);
       multiply_qk(s, smem, k_ring.stage, group);
@@ -228,9 +230,8 @@ struct PrefillAttentionSm90 {
     }
 
     v_ring.wait_full(v_full);
-    const int page_begin = tile.last_token() / kKeys * kKeys;
-    const int kv_len = static_cast<int>(arch::global_load(p.args.kv_len.at(tile.batch)));
-    if (kv_len < page_begin + kKeys) zero_tail(smem, v_ring.stage, kv_len - page_begin, group);
+    const int rows_left = kv_len - tile.last_token() / kKeys * kKeys;
+    if (rows_left < kKeys) zero_tail(smem, v_ring.stage, rows_left);
     multiply_pv(o, probabilities, smem, v_ring.stage);
     if (group == 0) take_turn(0);  // the turn that warpgroup 1 passed on last
     arch::wgmma_wait<0>(o, probabilities);
