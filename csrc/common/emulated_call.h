@@ -12,6 +12,9 @@
 #include "qwen1m/error.h"
 #include "qwen1m/tensor_view.h"
 
+/// In front of an entry point: found by its name, although all else is hidden.
+#define Q1M_EMULATED_CALL extern "C" __attribute__((visibility("default")))
+
 namespace qwen1m {
 
 /// A tensor of the caller's. `storage` is what a kernel may touch, gaps included.

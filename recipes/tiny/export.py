@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from model import TinyConfig
 
-# The smaller the chunk, the fewer distances does a far key appear at (512 to 1024 here). With a chunk
-# of the whole trained length the same weights found 16 of 20 at 32,768 tokens instead of 20
+# The smaller the chunk, the fewer distances does a far key appear at (513 to 1024 here). With a
+# chunk of the whole trained length the same weights found 16 of 20 at 32,768 tokens, not 20
 # (README.md).
 TRAINED_LENGTH, CHUNK_SIZE, LOCAL_SIZE = 2048, 1024, 512
 MAX_LENGTH = 1010000  # as Qwen2.5-1M: the length that the engine serves, not the trained one

@@ -32,8 +32,9 @@ arch::emu::Report emulate(int architecture, const PrefillAttentionParams& p,
 
 /// Arguments: out, lse (data may be null), q, k_cache, v_cache, block_table, cu_q, kv_len,
 /// logit_scale, rope_table. See emulated_call.h for the rest and the result.
-extern "C" int qwen1m_emu_prefill_attention(const EmulatedTensor* tensors, int64_t chunk_size,
-                                            int64_t local_size, const EmulatedCall* call) {
+Q1M_EMULATED_CALL int qwen1m_emu_prefill_attention(const EmulatedTensor* tensors,
+                                                   int64_t chunk_size, int64_t local_size,
+                                                   const EmulatedCall* call) {
   return run_emulated(*call, tensors, 10, {0, 1}, [&](const arch::emu::Options& options) {
     const PrefillAttentionParams p{.out = tensors[0].any<3>(),
                                    .lse = tensors[1].typed<float, 2>(),
