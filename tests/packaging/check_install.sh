@@ -4,8 +4,9 @@
 #
 #   tests/packaging/check_install.sh [PYTHON...]      default: python3
 #
-# TORCH as in the Makefile. For a Python that pip finds no torch for, only the compiled modules are
-# built, against the torch of the first one (its headers are the same), and _host is imported.
+# TORCH as in the Makefile. For a Python that pip finds no torch for, or with NO_TORCH=1, only the
+# compiled modules are built, against the torch of the first one or of QWEN1M_TORCH_DIR (its headers
+# are the same), and _host is imported. (Without NO_TORCH=1, pip may choose a CUDA build of torch.)
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
@@ -30,7 +31,6 @@ for python in "${@:-python3}"; do
   pip=("$env/bin/python" -m pip --quiet)
   export PATH="$env/bin:$PATH"
   "${pip[@]}" install "${tools[@]}"
-  # Wheels only, and no dependency of torch's: a CUDA build of torch would bring gigabytes.
   if [ -z "${NO_TORCH:-}" ] && "${pip[@]}" install "$torch"; then
     cp -r "$root" "$work/a copy"
     rm -rf "$work/a copy/build" "$work/a copy/.venv"
