@@ -49,7 +49,11 @@ Q1M_EMULATED_CALL int qwen1m_emu_prefill_attention(const EmulatedTensor* tensors
                                    .dual_chunk = {chunk_size, local_size}};
     check_attention(p);  // the data lie on the host here, so that values are checked too
     check_prefill_attention_gpu(p);
-    if (p.q.size(0) == 0) return arch::emu::Report{.completed = true};  // as the CUDA backend does
+    if (p.q.size(0) == 0) {  // as the CUDA backend does
+      arch::emu::Report nothing_to_do;
+      nothing_to_do.completed = true;
+      return nothing_to_do;
+    }
     return p.q.size(2) == 128 ? emulate<128>(call->architecture, p, options)
                               : emulate<64>(call->architecture, p, options);
   });
