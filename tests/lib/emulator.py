@@ -6,6 +6,7 @@ The library is built with the C++ tests (tests/emu/CMakeLists.txt).
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 from collections.abc import Callable
 from functools import cache, partial
@@ -99,35 +100,21 @@ class EmulatorIssue(AssertionError):
 
 
 def prefill_attention(
-    device: str,
-    out: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    cu_q: Tensor,
-    kv_len: Tensor,
-    logit_scale: Tensor,
-    rope_table: Tensor,
-    chunk_size: int,
-    local_size: int,
-    *,
-    seed: int = 1,
+    device: str, *arguments: Tensor | int | None, seed: int = 1, **named: Tensor | int | None
 ) -> None:
     """ops.prefill_attention by an emulated kernel.
 
     Args:
         device: A key of ARCHITECTURES.
-        out, lse, q, k_cache, v_cache, block_table, cu_q, kv_len, logit_scale, rope_table,
-            chunk_size, local_size: as ops.prefill_attention.
+        arguments, named: those of ops.prefill_attention; the tensors lie on the host.
         seed: Of the emulator's schedule and of when its copies land.
 
     Raises:
         EmulatorIssue: The kernel broke a rule.
         RuntimeError: An argument was refused.
     """
-    tensors = (out, lse, q, k_cache, v_cache, block_table, cu_q, kv_len, logit_scale, rope_table)
+    bound = inspect.signature(ops.prefill_attention).bind(*arguments, **named)
+    *tensors, chunk_size, local_size = bound.arguments.values()
     text = ctypes.create_string_buffer(1 << 16)
     call = _Call(ARCHITECTURES[device], seed, ctypes.cast(text, ctypes.c_char_p), len(text))
     views = (_Tensor * len(tensors))(*map(_Tensor.of, tensors))
