@@ -78,13 +78,14 @@ class _Call(ctypes.Structure):
 
 
 def library_path() -> Path | None:
-    """The built library: QWEN1M_EMU_LIBRARY, else the newest below build/."""
+    """The built library: QWEN1M_EMU_LIBRARY, else the newest below build/ without sanitizers."""
     if named := os.environ.get("QWEN1M_EMU_LIBRARY"):
         path = Path(named)
         assert path.is_file(), f"QWEN1M_EMU_LIBRARY: expected a file, got {named}"
         return path
-    found = sorted(ROOT.glob("build/*/libqwen1m_emu_ops.so"), key=lambda p: p.stat().st_mtime)
-    return found[-1] if found else None
+    # Not that of the sanitizers: Python could not load it.
+    found = [p for p in ROOT.glob("build/*/libqwen1m_emu_ops.so") if p.parent.name != "asan"]
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
 
 
 @cache
