@@ -171,7 +171,7 @@ MUTANTS = (
             "    arch::named_barrier_sync<kConsumers>(kConsumerThreads);\n", "", _RAW, "proxy-fence"),
     _mutant("queries are multiplied before all of the warpgroup has written them", SM90,
             "    k_ring.wait_full(k_full);\n    take_turn(group);\n", "    k_ring.wait_full(k_full);\n",
-            _RAW, "uninitialised"),
+            _RAW, "uninitialised", "named-barrier"),
     _mutant("a turn is lost", SM90, "    if (group == 1) pass_turn(1);  // warpgroup 0 begins\n", "",
             DEADLOCK, every_push=True),
     _mutant("the two warpgroups count a barrier differently", SM90,
