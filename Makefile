@@ -13,6 +13,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 VENV := .venv
+# Processes of the test runners: each has two threads of torch, so that more of them only wait.
+JOBS ?= 2
 BUILD := build/release
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 SOURCES := $(shell find csrc include python -type f -not -name '*.so' -not -path '*/__pycache__/*')
@@ -33,15 +35,15 @@ test: $(VENV)/.installed-test
 	@echo "== C++ tests"
 	$(RUN) cmake -S . -B $(BUILD) -DQWEN1M_TESTS=ON -DQWEN1M_CUDA=$${QWEN1M_CUDA:-auto} -DCMAKE_MESSAGE_LOG_LEVEL=NOTICE
 	$(RUN) cmake --build $(BUILD)
-	$(RUN) ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	$(RUN) ctest --test-dir $(BUILD) --parallel $(JOBS) --output-on-failure --no-tests=error
 	@echo "== Python tests"
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n $(JOBS)
 
 soak: $(VENV)/.installed-test
 	@echo "== C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	$(RUN) cmake --workflow --preset asan
 	@echo "== Long Python tests"
-	$(RUN) python -m pytest -m soak
+	$(RUN) python -m pytest -n $(JOBS) -m soak
 
 bench: $(VENV)/.installed-bench
 	@for script in bench/*_cpu.py; do echo "== $$script"; $(RUN) python "$$script" || exit 1; done
