@@ -134,9 +134,9 @@ RANKS = [
     {"model"},
     {"prefill", "decode", "speculative", "offload"},
     {"scheduler", "plan", "sessions", "terminal"},
-    {"engine"},
+    {"engine", "estimate"},
     {"llm"},
-    {"server", "doctor", "demo", "chat"},
+    {"server", "doctor", "demo", "chat", "planner"},
     {"cli"},
 ]
 # Modules that launch no kernel: of ops they may have constants (PAGE_SIZE) only.

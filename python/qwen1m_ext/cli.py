@@ -46,6 +46,17 @@ def token_count(text: str) -> int:
     return count
 
 
+def gibibytes(text: str) -> int:
+    """Parse a number of GiB, in bytes: 80 or 23.5."""
+    try:
+        size = round(float(text) * (1 << 30))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected GiB such as 80 or 23.5, got {text!r}")
+    return size
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns 0 (done), 1 (wrong answer), 2 (error) or 130 (stopped)."""
     args = _parser().parse_args(argv)
@@ -107,6 +118,28 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--rope", choices=("auto", "dca", "plain"), default="auto",
                       help="plain: without Dual Chunk Attention, to see it fail")  # fmt: skip
     demo.add_argument("--model", default=str(demo_model_path()), help=argparse.SUPPRESS)
+
+    plan = commands.add_parser(
+        "plan",
+        help="will a context fit, and how long will it take",
+        description="Bytes, fit and times from config.json alone: no weights, no GPU needed. "
+        "Exit status 0: fits, 1: does not.",
+    )
+    plan.set_defaults(run=_plan)
+    plan.add_argument("model", metavar="MODEL_DIR_OR_CONFIG")
+    plan.add_argument("--context", type=token_count, required=True, metavar="N",
+                      help="prompt plus output: 128k, 1m, ...")  # fmt: skip
+    plan.add_argument("--gpu", default="cpu", metavar="CARD",
+                      help="h200, h100, h20, a100, a100-40g, l40s, rtx4090, or cpu: this "
+                      "machine (default)")  # fmt: skip
+    plan.add_argument("--weights", choices=("bf16", "fp8", "fp32"), help="of linear layers")
+    plan.add_argument("--kv", choices=("bf16", "fp8", "fp32"), help="keys and values")
+    plan.add_argument("--attention", choices=("dense", "sparse"), default="dense")
+    plan.add_argument("--chunk", type=token_count, metavar="N", help="prefill chunk, 32k")
+    plan.add_argument("--columns", type=token_count, metavar="N",
+                      help="keys per row of sparse attention")  # fmt: skip
+    plan.add_argument("--memory", type=gibibytes, metavar="GIB", help="what is available")
+    plan.add_argument("--json", action="store_true")
 
     doctor = commands.add_parser(
         "doctor",
@@ -229,6 +262,23 @@ def _doctor(args: argparse.Namespace) -> int:
     from .doctor import run_doctor
 
     return run_doctor()
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .planner import plan_report, run_plan
+
+    given = {"chunk_tokens": args.chunk, "columns": args.columns}
+    report = plan_report(
+        args.model,
+        args.context,
+        machine=args.gpu,
+        weights=args.weights,
+        kv=args.kv,
+        sparse=args.attention == "sparse",
+        memory=args.memory,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return run_plan(report, as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -242,8 +242,7 @@ def load_config(model_dir: str | Path) -> ModelConfig:
     """Read `config.json` of a checkpoint directory.
 
     Raises:
-        ConfigError: no such directory or file, not JSON, an unsupported architecture, an unknown
-            field, or fields that contradict each other.
+        ConfigError: no such directory, or as `read_config`.
     """
     directory = Path(model_dir)
     if not directory.is_dir():
@@ -251,7 +250,16 @@ def load_config(model_dir: str | Path) -> ModelConfig:
             f"model: expected a local checkpoint directory, got {str(model_dir)!r}, which does "
             "not exist; download the model first (for example with `hf download`)"
         )
-    path = directory / "config.json"
+    return read_config(directory / "config.json")
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read a config.json.
+
+    Raises:
+        ConfigError: no such file, not JSON, an unsupported architecture, an unknown field, or
+            fields that contradict each other.
+    """
     f = _Fields(read_json(path), str(path))
     architectures = f.values.get("architectures")
     if architectures != ["Qwen2ForCausalLM"]:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,9 @@ from .decode import decode_step
 from .errors import BackendError, ConfigError, ContextTooLong, MemoryBudgetError, RequestError
 from .kv_cache import KVCache, pages_for
 from .memory import available_bytes, format_bytes
-from .model import Qwen2Model, activation_bytes
+from .model import Qwen2Model, logits_rows
 from .output import OutputBuilder
+from .plan import Deployment, fit_context, memory_plan
 from .prefill import PREFILL_CHUNK_TOKENS, OnProgress, prefill
 from .request import RequestMetrics, RequestOutput, SamplingParams, TokenLogprobs
 from .sampler import Sampler, top_logprobs
@@ -32,10 +34,6 @@ log = logging.getLogger(__name__)
 
 DTypeName = Literal["auto", "bfloat16", "float32"]
 RopeName = Literal["auto", "dca", "plain"]
-
-LOGITS_BLOCK_BYTES = 64 << 20
-"""Logits of many rows are computed in blocks of at most this size, never N x vocabulary at once."""
-
 
 MAX_SEQUENCES = 8
 """Sessions that may be open at once. They share the pages of one full context."""
@@ -87,8 +85,18 @@ class Engine:
         self.dual_chunk = _choose_rope(rope, self.config, str(model_dir))
         if prefill_chunk_tokens < 1:
             raise ConfigError(f"prefill_chunk_tokens: expected >= 1, got {prefill_chunk_tokens}")
+        deployment = Deployment(
+            tokens=0,
+            dtype=self.dtype,
+            weights_dtype=self.dtype,
+            kv_dtype=self.dtype,
+            chunk_tokens=prefill_chunk_tokens,
+            max_seqs=MAX_SEQUENCES,
+        )
+        shape = replace(self.config, dual_chunk=self.dual_chunk)
+        self.max_model_len = fit_context(shape, deployment, max_model_len, available_bytes())
+        self.plan = memory_plan(shape, replace(deployment, tokens=self.max_model_len))
         weights = load_weights(model_dir, self.config, self.dtype)
-        self.max_model_len = self._fit(max_model_len, prefill_chunk_tokens)
         self.chunk_tokens = min(prefill_chunk_tokens, self.max_model_len)
         self.rotary = Rotary.build(self.config, self.dual_chunk, self.max_model_len)
         self.model = Qwen2Model(self.config, weights, self.chunk_tokens)
@@ -103,46 +111,6 @@ class Engine:
                     f"{self.config.vocab_size}, got {token}"
                 )
         self._requests = 0
-
-    def _fit(self, wanted: int | None, chunk_tokens: int) -> int:
-        """The context length to reserve for; see `max_model_len` in `__init__`."""
-        limit = self.config.max_position_embeddings
-        if wanted is not None and not 2 <= wanted <= limit:
-            raise ConfigError(
-                f"max_model_len: expected 2 to {limit} (max_position_embeddings), got {wanted}"
-            )
-        target = wanted or limit
-        available = available_bytes()
-        needed = self.context_bytes(target, min(chunk_tokens, target))
-        if available is None or needed <= available:
-            return target
-        if wanted is not None:
-            raise MemoryBudgetError(
-                f"max_model_len: {wanted} tokens need {needed} bytes ({format_bytes(needed)}) for "
-                f"cache, activations and rotary table, "
-                f"but {available} bytes ({format_bytes(available)}) are available"
-            )
-        low, high = 0, target  # largest context that fits; bytes grow with the length
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.context_bytes(middle, min(chunk_tokens, middle)) <= available * 0.9
-            low, high = (middle, high) if fits else (low, middle - 1)
-        if low < 2:
-            raise MemoryBudgetError(
-                f"memory: not even a short context fits in {format_bytes(available)}"
-            )
-        log.warning(
-            "max_model_len is %d tokens, not the model's %d: %s are available and the full "
-            "context needs %s",
-            low, limit, format_bytes(available), format_bytes(needed),
-        )  # fmt: skip
-        return low
-
-    def context_bytes(self, tokens: int, chunk_tokens: int) -> int:
-        """Bytes of KV cache, activations and rotary table for a context of `tokens`."""
-        kv = pages_for(tokens) * ops.PAGE_SIZE * self.config.kv_bytes_per_token(self.dtype)
-        table = self.dual_chunk.table_rows(tokens) * self.config.head_dim * 4
-        return kv + activation_bytes(self.config, self.dtype, chunk_tokens) + table
 
     def default_sampling_params(self) -> SamplingParams:
         """What generation_config.json recommends, with vLLM's default of 16 tokens."""
@@ -267,7 +235,7 @@ class Engine:
         self, hidden: Tensor, following: list[int], count: int
     ) -> Iterator[TokenLogprobs]:
         """Log probabilities of the token after each hidden row, a block of rows at a time."""
-        rows = max(1, LOGITS_BLOCK_BYTES // (4 * self.config.vocab_size))
+        rows = logits_rows(self.config)
         for begin in range(0, len(following), rows):
             logits = self.model.logits(hidden[begin : begin + rows])
             chosen = torch.tensor(following[begin : begin + rows])

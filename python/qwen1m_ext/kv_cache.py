@@ -19,6 +19,12 @@ def pages_for(num_tokens: int) -> int:
     return -(-num_tokens // PAGE_SIZE)
 
 
+def cache_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens: int, max_seqs: int) -> int:
+    """Bytes of a `KVCache`: its pages and its block table."""
+    pages = pages_for(max_tokens)
+    return pages * (PAGE_SIZE * config.kv_bytes_per_token(dtype) + max_seqs * 4)
+
+
 class BlockAllocator:
     """Hands out page numbers; lowest first, so that a young pool touches little memory."""
 

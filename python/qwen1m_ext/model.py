@@ -22,6 +22,9 @@ from .weights import LayerWeights, ModelWeights
 BLOCK_ROWS = 4096
 """Rows of one matrix product: large enough for full speed, small enough for the MLP's width."""
 
+LOGITS_BLOCK_BYTES = 64 << 20
+"""Logits of many rows are computed in blocks of at most this size, never N x vocabulary at once."""
+
 OnLayer = Callable[[int, int], None]
 """Called with (layers done, layers) after each layer; may raise to stop the work."""
 
@@ -51,6 +54,22 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, chunk_tokens: int)
         2 * config.hidden_size + config.q_size + 2 * config.kv_size + 3 * config.intermediate_size
     )
     return (chunk_tokens * per_token + block * per_block_row) * dtype.itemsize
+
+
+def logits_rows(config: ModelConfig) -> int:
+    """Rows of one block of logits."""
+    return max(1, LOGITS_BLOCK_BYTES // (4 * config.vocab_size))
+
+
+def logits_bytes(config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> int:
+    """Bytes that log probabilities of every row of a chunk need: the most that logits ever take.
+
+    The chunk's final hidden states, and for a block of rows the product in `dtype`, its float32
+    copy and the log-softmax.
+    """
+    rows = min(chunk_tokens, logits_rows(config))
+    copies = 8 if dtype == torch.float32 else 8 + dtype.itemsize
+    return chunk_tokens * config.hidden_size * dtype.itemsize + rows * config.vocab_size * copies
 
 
 def _project(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:

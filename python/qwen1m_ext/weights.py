@@ -6,6 +6,7 @@ up) are joined into one matrix each, because one product of twice the width is f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,22 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             p + "mlp.down_proj.weight": (h, i),
         }
     return shapes
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the matrix of a linear layer: what quantisation changes."""
+    return name.endswith("_proj.weight")
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, quantised: bool) -> int:
+    """Bytes of all tensors in `dtype`; quantised: linear layers in fp8, with a scale per row."""
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if quantised and is_linear(name):
+            total += math.prod(shape) + 4 * shape[0]
+        else:
+            total += math.prod(shape) * dtype.itemsize
+    return total
 
 
 class _Checkpoint:

@@ -13,18 +13,8 @@ from lib.checkpoints import model_config
 from qwen1m_ext.config import load_config, load_generation_config
 from qwen1m_ext.errors import ConfigError
 
-QWEN_1M_7B = {  # the published config.json of Qwen2.5-7B-Instruct-1M
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-    "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192,
-                                    "original_max_position_embeddings": 262144},
-    "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584,
-    "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 1010000,
-    "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
-    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "rope_theta": 10000000.0, "sliding_window": 32768,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.47.1",
-    "use_cache": True, "use_sliding_window": False, "vocab_size": 152064,
-}  # fmt: skip
+CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"  # as published
+QWEN_1M_7B = json.loads((CONFIGS / "qwen2.5-7b-instruct-1m.json").read_text())
 
 
 def write(directory: Path, config: Any, name: str = "config.json") -> Path:

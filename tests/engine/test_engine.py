@@ -11,6 +11,7 @@ import torch
 from lib.checkpoints import model_config, write_checkpoint
 from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext import engine as engine_module
+from qwen1m_ext import model as model_module
 from qwen1m_ext.errors import (
     BackendError,
     ConfigError,
@@ -62,7 +63,7 @@ def test_only_requested_rows_of_the_last_layer_change_nothing(llm: LLM) -> None:
 def test_prompt_logprobs_are_the_logits_of_each_position(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "LOGITS_BLOCK_BYTES", 7 * 4 * 260)  # 7 rows a block
+    monkeypatch.setattr(model_module, "LOGITS_BLOCK_BYTES", 7 * 4 * 260)  # 7 rows a block
     prompt = prompt_ids(250)
     params = SamplingParams(max_tokens=1, prompt_logprobs=3)
     output = llm.generate({"prompt_token_ids": prompt}, params)[0]
@@ -254,7 +255,7 @@ def test_memory_is_checked_before_work(
         LLM(checkpoint, max_model_len=4096)
     smaller = LLM(checkpoint, prefill_chunk_tokens=512)
     assert 128 <= smaller.max_model_len < 4096
-    assert smaller.engine.context_bytes(smaller.max_model_len, 512) <= 2_700_000
+    assert smaller.engine.plan.total <= 2_700_000
     assert "not the model's 4096" in caplog.text
     monkeypatch.setattr(engine_module, "available_bytes", lambda: 1000)
     with pytest.raises(MemoryBudgetError, match=r"KV cache of 124 tokens needs 65536 bytes"):

@@ -1,0 +1,144 @@
+"""How many bytes a deployment needs, item by item, from config.json alone.
+
+The engine asks here before it loads or allocates anything; `qwen1m plan` asks the same functions
+for machines that are not at hand. Tests hold each item against what is really allocated.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+
+from .config import ModelConfig
+from .errors import ConfigError, MemoryBudgetError
+from .kv_cache import cache_bytes
+from .memory import format_bytes
+from .model import activation_bytes, logits_bytes
+from .weights import weight_bytes
+
+log = logging.getLogger(__name__)
+
+FP8 = torch.float8_e4m3fn
+
+RUNTIME_BYTES = 1_000_000_000
+"""CUDA context, cuBLAS workspaces and what the driver keeps, on a GPU. An allowance, not measured
+here; a context alone takes 0.4 to 0.6 GB on current drivers."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What decides how many bytes a model needs."""
+
+    tokens: int  # of the longest context, prompt plus output
+    dtype: torch.dtype  # of activations and of all weights that are not quantised
+    weights_dtype: torch.dtype  # of the linear layers: dtype, or FP8 with a scale per row
+    kv_dtype: torch.dtype  # dtype, or FP8 with a scale per (layer, head)
+    chunk_tokens: int  # of a prefill chunk
+    max_seqs: int = 1  # sequences that may be open at once; they share the context's pages
+    sparse: bool = False  # vertical-slash prefill
+    gpu: bool = False
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that are really in a chunk."""
+        return min(self.chunk_tokens, self.tokens)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by item, in the order in which a person wants to see them."""
+
+    items: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all items."""
+        return sum(self.items.values())
+
+
+def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
+    """Bytes of everything that a deployment holds at its peak."""
+    d = deployment
+    rows = config.dual_chunk.table_rows(d.tokens)
+    items = {
+        "weights": weight_bytes(config, d.dtype, quantised=d.weights_dtype == FP8),
+        "kv cache": cache_bytes(config, d.kv_dtype, d.tokens, d.max_seqs),
+        "activations": activation_bytes(config, d.dtype, d.chunk),
+        "rotary table": rows * config.head_dim * 4,
+        "scratch": _scratch_bytes(config, d),
+        "logits": logits_bytes(config, d.dtype, d.chunk),
+    }
+    if d.kv_dtype == FP8:
+        items["kv cache"] += 2 * config.num_layers * config.num_kv_heads * 4  # scales
+    if d.gpu:
+        items["runtime"] = RUNTIME_BYTES
+    return MemoryPlan(items)
+
+
+def _scratch_bytes(config: ModelConfig, d: Deployment) -> int:
+    """On a GPU: keys and values of one layer, widened once per prefill chunk.
+
+    A prefill kernel that gathers columns, or reads fp8, is fed from a contiguous copy in the
+    computing dtype; dense bf16 attention reads the pages where they lie.
+    """
+    if d.gpu and (d.sparse or d.kv_dtype == FP8):
+        return 2 * d.tokens * config.kv_size * d.dtype.itemsize
+    return 0
+
+
+def largest_context(config: ModelConfig, deployment: Deployment, available: int) -> int:
+    """Most tokens of context, up to `deployment.tokens`, that fit into `available` bytes; or 0."""
+    low, high = 0, deployment.tokens  # bytes grow with the length
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = memory_plan(config, replace(deployment, tokens=middle)).total <= available
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def fit_context(
+    config: ModelConfig, deployment: Deployment, wanted: int | None, available: int | None
+) -> int:
+    """The context length that an engine reserves for.
+
+    Args:
+        config: the model.
+        deployment: everything but the length (`tokens` is not read).
+        wanted: tokens that the caller asks for; None: the model's maximum, or what fits into nine
+            tenths of the available memory if that is less (a warning says so).
+        available: bytes that may be taken; None: unknown, so nothing is refused.
+
+    Raises:
+        ConfigError: `wanted` is beyond the model.
+        MemoryBudgetError: `wanted` tokens do not fit, or not even two do.
+    """
+    limit = config.max_position_embeddings
+    if wanted is not None and not 2 <= wanted <= limit:
+        raise ConfigError(
+            f"max_model_len: expected 2 to {limit} (max_position_embeddings), got {wanted}"
+        )
+    target = wanted or limit
+    deployment = replace(deployment, tokens=target)
+    plan = memory_plan(config, deployment)
+    if available is None or plan.total <= available:
+        return target
+    if wanted is not None:
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.items.items())
+        raise MemoryBudgetError(
+            f"max_model_len: {wanted} tokens need {plan.total} bytes ({format_bytes(plan.total)}: "
+            f"{listed}), but {available} bytes ({format_bytes(available)}) are available; "
+            "`qwen1m plan` names what would make it fit"
+        )
+    fitting = largest_context(config, deployment, int(available * 0.9))
+    if fitting < 2:
+        raise MemoryBudgetError(
+            f"memory: not even a short context fits in {format_bytes(available)}"
+        )
+    log.warning(
+        "max_model_len is %d tokens, not the model's %d: %s are available and the full "
+        "context needs %s",
+        fitting, limit, format_bytes(available), format_bytes(plan.total),
+    )  # fmt: skip
+    return fitting
