@@ -1,10 +1,10 @@
 #pragma once
 /// prefill_attention on sm_80 and later without wgmma: bf16, head_dim 64 or 128.
 ///
-/// A block is 128 threads and one tile: 128 query tokens of one head, 32 rows a warp, so that each
-/// key and value fragment read from shared memory serves two 16-row products. Keys come in blocks
-/// of 64, the halves of a page, by cp.async; while a block's scores are computed its values are on
-/// their way, and the next keys while its values are used (FlashAttention-2, arXiv:2307.08691):
+/// A block is 128 threads and one tile: 128 query tokens of one head, 32 rows a warp
+/// (common/attention/tile_sm80.cuh). Keys come in blocks of 64, the halves of a page, by cp.async;
+/// while a block's scores are computed its values are on their way, and the next keys while its
+/// values are used (FlashAttention-2, arXiv:2307.08691):
 ///
 ///   copies     K0 |      V0      |      K1        |      V1      | ...
 ///   products      |  S0 softmax0 |  O += P0 V0    |  S1 softmax1 | ...
@@ -14,7 +14,8 @@
 /// multiprocessor, one on a consumer card's. Compiled and emulated, not yet run on a GPU.
 
 #include "arch/arch.h"
-#include "ops/prefill_attention/prefill_attention_rows.h"
+#include "common/attention/tile_sm80.cuh"
+#include "ops/prefill_attention/prefill_attention_mask.h"
 #include "ops/prefill_attention/prefill_attention_tiles.h"
 
 namespace qwen1m {
@@ -23,19 +24,16 @@ template <int kHeadDim>
 struct PrefillAttentionSm80 {
   // --- Config --------------------------------------------------------------------------------
   static constexpr int D = kHeadDim;
-  static constexpr int kKeys = 64;
-  static constexpr int kThreads = 128;
-  static constexpr int kWarpRows = 32;
-  static constexpr int kHalves = kWarpRows / 16;  // 16-row products of a warp
-  static_assert(D == 64 || D == 128, "whole 128-byte panels");
-  static_assert(kTileTokens == kThreads / 32 * kWarpRows);
+  using Tile = AttentionTileSm80<D>;
+  static constexpr int kKeys = Tile::kKeys, kThreads = Tile::kThreads;
+  static constexpr int kWarpRows = Tile::kWarpRows, kHalves = Tile::kHalves;
 
   struct Params {
     PrefillAttentionParams args;
   };
   using Walk = KeyWalk<kKeys>;
-  using Queries = RowTile<D>;
-  using Keys = RowTile<D, kKeys>;
+  using Queries = typename Tile::Queries;
+  using Keys = typename Tile::Keys;
 
   // --- Smem ----------------------------------------------------------------------------------
   struct Smem {
@@ -90,60 +88,6 @@ struct PrefillAttentionSm80 {
     return tile;
   }
 
-  /// Four accumulators of one mma.sync among those of a thread.
-  template <int kCount>
-  static Q1M_DEVICE float (&quad(float (&x)[kCount], int group))[4] {
-    return reinterpret_cast<float (&)[4]>(x[4 * group]);
-  }
-
-  /// s = q k^T of the warp's 32 rows and one block.
-  static Q1M_DEVICE void multiply_qk(float (&s)[kHalves][kKeys / 2], Queries q, Keys k, int warp) {
-    const int lane = arch::opaque(arch::lane_index());
-    Q1M_UNROLL
-    for (int half = 0; half < kHalves; ++half) {
-      Q1M_UNROLL
-      for (int i = 0; i < kKeys / 2; ++i) s[half][i] = 0;
-    }
-    Q1M_UNROLL
-    for (int step = 0; step < D / 16; ++step) {
-      uint32_t a[kHalves][4];
-      Q1M_UNROLL
-      for (int half = 0; half < kHalves; ++half) {
-        arch::ldmatrix_x4(a[half],
-                          q.at(warp * kWarpRows + half * 16 + lane % 16, 2 * step + lane / 16));
-      }
-      Q1M_UNROLL
-      for (int j = 0; j < kKeys / 8; j += 2) {  // two groups of 8 keys
-        uint32_t r[4];
-        arch::ldmatrix_x4(r, k.at(8 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
-        Q1M_UNROLL
-        for (int half = 0; half < kHalves; ++half) {
-          arch::mma_m16n8k16(quad(s[half], j), a[half], {r[0], r[1]});
-          arch::mma_m16n8k16(quad(s[half], j + 1), a[half], {r[2], r[3]});
-        }
-      }
-    }
-  }
-
-  /// o += p v.
-  static Q1M_DEVICE void multiply_pv(float (&o)[kHalves][D / 2],
-                                     const uint32_t (&p)[kHalves][kKeys / 16][4], Keys v) {
-    const int lane = arch::opaque(arch::lane_index());
-    Q1M_UNROLL
-    for (int step = 0; step < kKeys / 16; ++step) {
-      Q1M_UNROLL
-      for (int j = 0; j < D / 8; j += 2) {  // two groups of 8 dims
-        uint32_t r[4];
-        arch::ldmatrix_x4_transposed(r, v.at(step * 16 + lane % 16, j + lane / 16));
-        Q1M_UNROLL
-        for (int half = 0; half < kHalves; ++half) {
-          arch::mma_m16n8k16(quad(o[half], j), p[half][step], {r[0], r[1]});
-          arch::mma_m16n8k16(quad(o[half], j + 1), p[half][step], {r[2], r[3]});
-        }
-      }
-    }
-  }
-
   static Q1M_DEVICE void attend(const Params& p, const PrefillTile& tile, SharedSmem smem) {
     const Queries q{Q1M_SHARED_MEMBER(smem, q)};
     const Keys k{Q1M_SHARED_MEMBER(smem, k)}, v{Q1M_SHARED_MEMBER(smem, v)};
@@ -171,12 +115,12 @@ struct PrefillAttentionSm80 {
       arch::cp_async_wait<0>();
       arch::block_sync();  // keys are here; the values of the block before are done with
       load_block(p.args.v_cache, tile, walk, page, v);
-      multiply_qk(s, q, k, warp);
+      Tile::multiply_qk(s, q, k, warp);
       Q1M_UNROLL
       for (int half = 0; half < kHalves; ++half) {
         const int token = tile.first_token + warp_row + half * 16;
         if (walk.hides_keys(token)) mask_scores<kKeys>(s[half], walk, token + lane / 4);
-        softmax[half].step(s[half], scale_log2);
+        softmax[half].template step<false>(s[half], scale_log2);
         softmax[half].rescale(o[half]);
         pack_probabilities<kKeys>(probabilities[half], s[half]);
       }
@@ -185,7 +129,7 @@ struct PrefillAttentionSm80 {
       arch::cp_async_wait<0>();
       arch::block_sync();  // values are here; the keys are done with
       if (!walk.done()) load_block(p.args.k_cache, tile, walk, page, k);
-      multiply_pv(o, probabilities, v);
+      Tile::multiply_pv(o, probabilities, v);
     }
 
     const PrefillTile all = whole(tile, smem);
@@ -194,27 +138,8 @@ struct PrefillAttentionSm80 {
     for (int half = 0; half < kHalves; ++half) {
       const int first_row = warp_row + half * 16;
       softmax[half].finish(p.args, all, first_row + lane / 4, logit_scale, o[half]);
-      store(p, all, q, first_row, o[half]);
+      Tile::store(p.args, all, q, first_row, o[half]);
     }
-  }
-
-  // --- Store ---------------------------------------------------------------------------------
-  /// From the accumulator layout to rows, through the query rows of this very warp.
-  static Q1M_DEVICE void store(const Params& p, const PrefillTile& tile, Queries rows,
-                               int first_row, const float (&o)[D / 2]) {
-    const int lane = arch::opaque(arch::lane_index());
-    arch::warp_sync();
-    Q1M_UNROLL
-    for (int j = 0; j < D / 8; ++j) {
-      Q1M_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t to = rows.at(first_row + lane / 4 + 8 * h, j).address + lane % 4 * 4;
-        arch::shared_store(arch::Shared<uint32_t>{to},
-                           arch::pack_bf16(o[4 * j + 2 * h], o[4 * j + 2 * h + 1]));
-      }
-    }
-    arch::warp_sync();
-    store_rows<D>(p.args, tile, rows, first_row);
   }
 
   // --- Run -----------------------------------------------------------------------------------

@@ -4,13 +4,11 @@
 /// the CPU backend.
 
 #include "arch/arch.h"
+#include "common/attention/prefill_tile.h"
 #include "qwen1m/dual_chunk.h"
 #include "qwen1m/prefill_attention.h"
 
 namespace qwen1m {
-
-/// Query tokens of a tile. A tile is 128 tokens of one query head.
-inline constexpr int64_t kTileTokens = 128;
 
 /// Blocks that run at the same time should walk the same keys: as many KV heads are worked on
 /// together as have their keys and values in this part of the L2 cache (50 MB on H100 and H200, and
@@ -59,15 +57,6 @@ inline int64_t max_tiles(const PrefillAttentionParams& p) {
   const int64_t rows = p.q.size(0), batch = p.kv_len.size(0);
   return (rows / kTileTokens + rows / p.dual_chunk.chunk_len() + 2 * batch) * p.q.size(1);
 }
-
-/// One block's work.
-struct PrefillTile {
-  int32_t batch, q_head, kv_head;
-  int32_t first_token, num_tokens;
-  int64_t row;  // of q and out, of the first token
-
-  Q1M_HOST_DEVICE int32_t last_token() const { return first_token + num_tokens - 1; }
-};
 
 /// The tile of block `block`; false if there are fewer tiles than blocks. Sequence after sequence;
 /// of a sequence as many KV heads together as fit the L2 cache; in these the latest tokens first,
@@ -154,12 +143,5 @@ struct KeyWalk {
     if (stage < 3) block = lo() / kKeys;
   }
 };
-
-/// Position that the query of a token is rotated to in a stage of the walk.
-Q1M_HOST_DEVICE int64_t query_position(const DualChunk& chunks, int stage, int64_t token) {
-  return stage == 0   ? chunks.inter_position()
-         : stage == 1 ? chunks.successive_position(token)
-                      : chunks.intra_position(token);
-}
 
 }  // namespace qwen1m

@@ -1,13 +1,13 @@
 #pragma once
-/// What the GPU kernels of prefill_attention do with rows: rotate queries into shared memory, mask
-/// and exponentiate scores, write outputs. A thread holds scores and outputs in the accumulator
-/// layout that wgmma and mma.sync share: x[4 j + 2 h + e] is row `lane / 4 + 8 h` of 16, column
-/// 8 j + 2 (lane % 4) + e.
+/// What the GPU kernels of prefill attention, dense and sparse, do with rows: rotate queries into
+/// shared memory, mask and exponentiate scores, write outputs. A thread holds scores and outputs in
+/// the accumulator layout that wgmma and mma.sync share: x[4 j + 2 h + e] is row `lane / 4 + 8 h`
+/// of 16, column 8 j + 2 (lane % 4) + e.
 
 #include <cmath>
 
 #include "arch/arch.h"
-#include "ops/prefill_attention/prefill_attention_tiles.h"
+#include "common/attention/prefill_tile.h"
 
 namespace qwen1m {
 
@@ -38,19 +38,19 @@ Q1M_DEVICE void rotate_pair(const arch::Vec16& cs, uint32_t& low, uint32_t& high
 }
 
 /// Rotates queries [first_row, first_row + num_rows) of the tile to a stage's position, in fp32
-/// with one rounding, by `num_threads` threads of which this is number `thread`. Rows behind the
-/// tile's tokens become zero. The caller orders the writes before the reads.
-template <int kHeadDim>
-Q1M_DEVICE void rotate_queries(const PrefillAttentionParams& p, const PrefillTile& tile, int stage,
+/// with one rounding, by `num_threads` threads of which this is number `thread`. Rows that are not
+/// there become zero. The caller orders the writes before the reads.
+template <int kHeadDim, typename Params>
+Q1M_DEVICE void rotate_queries(const Params& p, const PrefillTile& tile, int stage,
                                RowTile<kHeadDim> to, int first_row, int num_rows, int thread,
                                int num_threads) {
   constexpr int kChunks = kHeadDim / 16;  // of 8 dims, in one half of a row
-  const auto q = p.q.as<const bf16>();
+  const auto q = p.q.template as<const bf16>();
   Q1M_NO_UNROLL
   for (int i = arch::opaque(thread); i < num_rows * kChunks; i += num_threads) {
     const int row = first_row + i / kChunks, chunk = i % kChunks;
     arch::Vec16 low = {}, high = {};
-    if (row < tile.num_tokens) {
+    if (tile.has_row(row)) {
       const bf16* from = q.at(tile.row + row, tile.q_head, chunk * 8);
       low = arch::global_load(reinterpret_cast<const arch::Vec16*>(from));
       high = arch::global_load(reinterpret_cast<const arch::Vec16*>(from + kHeadDim / 2));
@@ -67,36 +67,16 @@ Q1M_DEVICE void rotate_queries(const PrefillAttentionParams& p, const PrefillTil
   }
 }
 
-/// Scores that a row may not see become -inf: keys outside of the walk's range, and behind `token`
-/// (of the thread's first row; its second is 8 tokens later).
-template <int kKeys>
-Q1M_DEVICE void mask_scores(float (&s)[kKeys / 2], const KeyWalk<kKeys>& walk, int token) {
-  // Relative to the thread's first column, so that each comparison is with a constant.
-  const int column = walk.first_key() + 2 * (arch::lane_index() % 4);
-  const int lo = walk.lo() - column;
-  Q1M_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int end = token + 8 * h + 1;
-    const int hi = (end < walk.hi() ? end : walk.hi()) - column;
-    Q1M_UNROLL
-    for (int j = 0; j < kKeys / 8; ++j) {
-      Q1M_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        if (8 * j + e < lo || 8 * j + e >= hi) s[4 * j + 2 * h + e] = -INFINITY;
-      }
-    }
-  }
-}
-
 /// The online softmax of a thread's two rows (arXiv:1805.02867).
 struct RowSoftmax {
   float m[2] = {-INFINITY, -INFINITY};  // maximum of the raw scores so far
   float l[2] = {0, 0};                  // sum of exp2(scale (s - m)), this thread's columns only
   float alpha[2];                       // factor of what was summed before the last step
 
-  /// s becomes exp2(scale_log2 (s - m)) with the new maximum. m is finite from the first block on,
-  /// which holds key 0; a masked score is exp2(-inf) = 0.
-  template <int kCount>
+  /// s becomes exp2(scale_log2 (s - m)) with the new maximum; a masked score is exp2(-inf) = 0.
+  /// kEmptyRows: a row may have seen no key yet, and has m = -inf then; else m is finite from the
+  /// first block on.
+  template <bool kEmptyRows, int kCount>
   Q1M_DEVICE void step(float (&s)[kCount], float scale_log2) {
     Q1M_UNROLL
     for (int h = 0; h < 2; ++h) {
@@ -107,7 +87,8 @@ struct RowSoftmax {
       }
       maximum = fmaxf(maximum, arch::shuffle_xor(maximum, 1));  // the four lanes of a row
       maximum = fmaxf(maximum, arch::shuffle_xor(maximum, 2));
-      const float reference = maximum * scale_log2;
+      const float reference =
+          kEmptyRows && maximum == -INFINITY ? 0.0f : maximum * scale_log2;  // no -inf - (-inf)
       alpha[h] = arch::exp2_approx(m[h] * scale_log2 - reference);
       float sum = 0;
       Q1M_UNROLL
@@ -129,18 +110,19 @@ struct RowSoftmax {
     for (int i = 0; i < kCount; ++i) o[i] *= alpha[(i >> 1) & 1];
   }
 
-  /// Ends the softmax of rows `row` and `row + 8` of the tile: writes lse, normalises o.
-  template <int kCount>
-  Q1M_DEVICE void finish(const PrefillAttentionParams& p, const PrefillTile& tile, int row,
-                         float logit_scale, float (&o)[kCount]) {
+  /// Ends the softmax of rows `row` and `row + 8` of the tile: writes lse, normalises o. A row
+  /// without keys has o = 0 and lse = -inf.
+  template <typename Params, int kCount>
+  Q1M_DEVICE void finish(const Params& p, const PrefillTile& tile, int row, float logit_scale,
+                         float (&o)[kCount]) {
     constexpr float kLn2 = 0.69314718f;
     float norm[2];
     Q1M_UNROLL
     for (int h = 0; h < 2; ++h) {
       l[h] += arch::shuffle_xor(l[h], 1);
       l[h] += arch::shuffle_xor(l[h], 2);
-      norm[h] = arch::reciprocal_approx(l[h]);
-      if (p.lse && arch::lane_index() % 4 == 0 && row + 8 * h < tile.num_tokens) {
+      norm[h] = l[h] == 0 ? 0.0f : arch::reciprocal_approx(l[h]);
+      if (p.lse && arch::lane_index() % 4 == 0 && tile.has_row(row + 8 * h)) {
         arch::global_store(p.lse.at(tile.row + row + 8 * h, tile.q_head),
                            m[h] * logit_scale + arch::log2_approx(l[h]) * kLn2);
       }
@@ -163,17 +145,17 @@ Q1M_DEVICE void pack_probabilities(uint32_t (&p)[kKeys / 16][4], const float (&s
   }
 }
 
-/// Writes 16 output rows that the warp has put into the tile, 16 bytes a lane; rows behind the
-/// tile's tokens are left alone.
-template <int kHeadDim>
-Q1M_DEVICE void store_rows(const PrefillAttentionParams& p, const PrefillTile& tile,
-                           RowTile<kHeadDim> from, int first_row) {
+/// Writes 16 output rows that the warp has put into the tile, 16 bytes a lane; rows that are not
+/// there are left alone.
+template <int kHeadDim, typename Params>
+Q1M_DEVICE void store_rows(const Params& p, const PrefillTile& tile, RowTile<kHeadDim> from,
+                           int first_row) {
   constexpr int kChunks = kHeadDim / 8;
-  const auto out = p.out.as<bf16>();
+  const auto out = p.out.template as<bf16>();
   Q1M_UNROLL
   for (int i = arch::opaque(arch::lane_index()); i < 16 * kChunks; i += 32) {
     const int row = first_row + i / kChunks, chunk = i % kChunks;
-    if (row >= tile.num_tokens) continue;
+    if (!tile.has_row(row)) continue;
     const arch::Vec16 value = arch::shared_load(from.at(row, chunk));
     bf16* to = out.at(tile.row + row, tile.q_head, chunk * 8);
     arch::global_store(reinterpret_cast<arch::Vec16*>(to), value);
