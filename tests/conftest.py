@@ -73,10 +73,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def emulated_devices(metafunc: pytest.Metafunc) -> list[str]:
     """A device for each emulated kernel of the op that a test module is about; [] without any."""
-    from lib.emulator import ARCHITECTURES, OPS
+    from lib.emulator import OPS
 
     op = Path(metafunc.module.__file__).stem.removeprefix("test_")
-    return list(ARCHITECTURES) if op in OPS else []
+    return ["emu_sm80"] if op == "gpu_refusals" else OPS.get(op, [])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

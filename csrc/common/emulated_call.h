@@ -81,4 +81,20 @@ int run_emulated(const EmulatedCall& call, const EmulatedTensor* tensors, int co
   return result;
 }
 
+/// Runs a kernel struct that says its own shape, as arch::launch_after_prior_grid does on a GPU.
+template <typename Kernel>
+arch::emu::Report emulate_kernel(const typename Kernel::Params& params,
+                                 const arch::emu::Options& options) {
+  if (Kernel::blocks(params) == 0) {  // nothing is launched
+    arch::emu::Report nothing_to_do;
+    nothing_to_do.completed = true;
+    return nothing_to_do;
+  }
+  return arch::emu::launch(
+      {.blocks = Kernel::blocks(params),
+       .threads = Kernel::threads(params),
+       .shared_bytes = sizeof(typename Kernel::Smem)},
+      [&] { Kernel::run(params); }, options);
+}
+
 }  // namespace qwen1m

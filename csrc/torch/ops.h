@@ -12,6 +12,8 @@ namespace qwen1m::binding {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+void embedding(const Tensor& out, const Tensor& weight, const Tensor& token_ids);
+
 void rms_norm(const Tensor& out, const OptionalTensor& residual, const Tensor& x,
               const Tensor& weight, double eps);
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(qwen1m, m) {
+  m.def("embedding(Tensor(a!) out, Tensor weight, Tensor token_ids) -> ()");
   m.def("rms_norm(Tensor(a!) out, Tensor(b!)? residual, Tensor x, Tensor weight, float eps) -> ()");
   m.def("swiglu(Tensor(a!) out, Tensor gate_up) -> ()");
   m.def(

@@ -37,9 +37,18 @@ struct WithoutCuda<Op, void(Arguments...)> {
   m.impl(#op, TORCH_BOX(&Without_##op::call))
 
 STABLE_TORCH_LIBRARY_IMPL(qwen1m, CUDA, m) {
+#ifndef Q1M_CUDA_EMBEDDING
+  Q1M_WITHOUT_CUDA(embedding);
+#endif
+#ifndef Q1M_CUDA_RMS_NORM
   Q1M_WITHOUT_CUDA(rms_norm);
+#endif
+#ifndef Q1M_CUDA_SWIGLU
   Q1M_WITHOUT_CUDA(swiglu);
+#endif
+#ifndef Q1M_CUDA_QKV_ROPE_APPEND
   Q1M_WITHOUT_CUDA(qkv_rope_append);
+#endif
 #ifndef Q1M_CUDA_PREFILL_ATTENTION
   Q1M_WITHOUT_CUDA(prefill_attention);
 #endif

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "qwen1m/parallel_for.h"
+#include "qwen1m/stream.h"
 #include "qwen1m/tensor_view.h"
 
 namespace qwen1m {
@@ -26,5 +27,11 @@ struct QkvRopeAppendParams {
 /// Throws qwen1m::Error on a shape, dtype or stride that does not fit, a slot outside the cache or
 /// a position outside the table. Two tokens must not share a slot.
 void qkv_rope_append_cpu(const QkvRopeAppendParams&, const ParallelFor&);
+
+/// sm_80 and later: bf16, D a multiple of 16, rows aligned to 16 bytes. All data lie on the current
+/// device; slots and positions are not checked, because that would stop the stream: a slot outside
+/// of the cache appends nothing, and the keys of a position outside of the table become NaN.
+/// Asynchronous. Throws as above, and on a launch that fails.
+void qkv_rope_append_cuda(const QkvRopeAppendParams&, Stream);
 
 }  // namespace qwen1m

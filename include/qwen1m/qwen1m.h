@@ -4,6 +4,7 @@
 #include "qwen1m/decode_attention.h"
 #include "qwen1m/dtypes.h"
 #include "qwen1m/dual_chunk.h"
+#include "qwen1m/embedding.h"
 #include "qwen1m/error.h"
 #include "qwen1m/parallel_for.h"
 #include "qwen1m/prefill_attention.h"

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "qwen1m/parallel_for.h"
+#include "qwen1m/stream.h"
 #include "qwen1m/tensor_view.h"
 
 namespace qwen1m {
@@ -20,5 +21,9 @@ struct RmsNormParams {
 
 /// Throws qwen1m::Error on a shape, dtype or stride that does not fit.
 void rms_norm_cpu(const RmsNormParams&, const ParallelFor&);
+
+/// sm_80 and later: bf16, hidden a multiple of 8 up to 32,768, rows aligned to 16 bytes. All data
+/// lie on the current device. Asynchronous. Throws as above, and on a launch that fails.
+void rms_norm_cuda(const RmsNormParams&, Stream);
 
 }  // namespace qwen1m

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "qwen1m/parallel_for.h"
+#include "qwen1m/stream.h"
 #include "qwen1m/tensor_view.h"
 
 namespace qwen1m {
@@ -14,5 +15,9 @@ struct SwigluParams {
 
 /// Throws qwen1m::Error on a shape, dtype or stride that does not fit.
 void swiglu_cpu(const SwigluParams&, const ParallelFor&);
+
+/// sm_80 and later: bf16, intermediate a multiple of 8, rows aligned to 16 bytes. All data lie on
+/// the current device. Asynchronous. Throws as above, and on a launch that fails.
+void swiglu_cuda(const SwigluParams&, Stream);
 
 }  // namespace qwen1m

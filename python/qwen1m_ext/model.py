@@ -114,7 +114,7 @@ class Qwen2Model:
         last = len(layers) - 1
         for block in _blocks(n):
             x = residual[block]
-            torch.index_select(self.weights.embed, 0, token_ids[block], out=x)
+            ops.embedding(x, self.weights.embed, token_ids[block])
             normed = self.workspace.normed[: len(x)]
             ops.rms_norm(normed, None, x, layers[0].input_norm, self.config.rms_norm_eps)
             self._append_qkv(0, normed, q, span, block, kv_only=last == 0 and rows is not None)

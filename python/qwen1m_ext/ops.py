@@ -21,7 +21,9 @@ PAGE_SIZE = 128
 INFINITE_CHUNK = 1 << 62
 """chunk_size of plain RoPE (kInfiniteChunk)."""
 
-OP_NAMES = ("rms_norm", "swiglu", "qkv_rope_append", "prefill_attention", "decode_attention")
+OP_NAMES = (
+    "embedding", "rms_norm", "swiglu", "qkv_rope_append", "prefill_attention", "decode_attention",
+)  # fmt: skip
 
 
 def library_path() -> Path:
@@ -61,6 +63,14 @@ def cuda_kernels() -> dict[str, list[str]]:
 def supports_cuda() -> bool:
     """Whether every op was compiled with a CUDA kernel. Asks the build facts, not a GPU."""
     return set(OP_NAMES) <= set(cuda_kernels())
+
+
+def embedding(out: Tensor, weight: Tensor, token_ids: Tensor) -> None:
+    """`out = weight[token_ids]`; out: [tokens, hidden], weight: [vocab, hidden], ids int64.
+
+    An id outside of the table is refused on the CPU; on a GPU its row becomes NaN.
+    """
+    _ops.embedding(out, weight, token_ids)
 
 
 def rms_norm(out: Tensor, residual: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> None:

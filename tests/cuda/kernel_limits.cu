@@ -1,8 +1,12 @@
 // The dynamic shared memory of every kernel, checked at compile time: tests/cuda/test_kernels.py
 // compiles this and looks for the kernels' names. A change here changes how many blocks share a
 // multiprocessor.
+#include "ops/embedding/embedding_kernel.cuh"
 #include "ops/prefill_attention/prefill_attention_sm80.cuh"
 #include "ops/prefill_attention/prefill_attention_sm90.cuh"
+#include "ops/qkv_rope_append/qkv_rope_append_kernel.cuh"
+#include "ops/rms_norm/rms_norm_kernel.cuh"
+#include "ops/swiglu/swiglu_kernel.cuh"
 
 using namespace qwen1m;
 
@@ -19,3 +23,7 @@ static_assert(fits<PrefillAttentionSm90<128>, 164864, 1, kSm90>(), "prefill_atte
 static_assert(fits<PrefillAttentionSm90<64>, 148480, 1, kSm90>(), "prefill_attention_sm90_d64");
 static_assert(fits<PrefillAttentionSm80<128>, 66560, 2, kSm80>(), "prefill_attention_sm80_d128");
 static_assert(fits<PrefillAttentionSm80<64>, 33792, 2, kSm80>(), "prefill_attention_sm80_d64");
+static_assert(fits<EmbeddingKernel, 1, 16, kSm80>(), "embedding_kernel");
+static_assert(fits<QkvRopeAppendKernel, 1, 16, kSm80>(), "qkv_rope_append_kernel");
+static_assert(fits<RmsNormKernel, 128, 16, kSm80>(), "rms_norm_kernel");
+static_assert(fits<SwigluKernel, 1, 8, kSm80>(), "swiglu_kernel");

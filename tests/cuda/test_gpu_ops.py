@@ -1,6 +1,6 @@
 """What only a GPU can show: streams, graphs, and the kernels' own refusals. `pytest --device=cuda`.
 
-The numbers are those of tests/ops/test_prefill_attention.py, which runs on the GPU too.
+The numbers are those of tests/ops, which run on the GPU too.
 """
 
 from __future__ import annotations
@@ -150,3 +150,45 @@ def test_refuses(change: dict[str, Any], text: tuple[str, ...], gpu: str) -> Non
         change,
         ("prefill_attention", *text),
     )
+
+
+# --- The elementwise kernels ---------------------------------------------------------------------
+
+# op -> (what it writes, an input that a replay finds changed)
+FUSED = {
+    "embedding": (("out",), "token_ids"),
+    "rms_norm": (("out", "residual"), "x"),
+    "swiglu": (("out",), "gate_up"),
+    "qkv_rope_append": (("q", "k_cache", "v_cache"), "qkv"),
+}
+
+
+@pytest.mark.parametrize("op", FUSED)
+def test_a_graph_can_hold_a_fused_kernel(op: str, gpu: str) -> None:
+    """Captured behind a kernel that writes its input, replayed with other values.
+
+    The graph keeps the programmatic edge between the two: a kernel that read before the one in
+    front had ended would see the old input, sooner or later.
+    """
+    if op not in ops.cuda_kernels():
+        pytest.skip(f"cuda: {op} was built without a CUDA kernel")
+    written, changed = FUSED[op]
+    arguments = good_arguments(op, gpu)
+    fresh = {name: value.clone() for name, value in arguments.items() if name in written}
+    source = arguments[changed].clone()
+    expected_arguments = good_arguments(op, gpu) | {changed: source.flip(0).contiguous()}
+    getattr(ops, op)(**expected_arguments)
+    getattr(ops, op)(**arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.add(source, 0, out=arguments[changed])  # a kernel, which a copy would not be
+        getattr(ops, op)(**arguments)
+    for _ in range(20):
+        for name, value in fresh.items():
+            arguments[name].copy_(value)
+        source.copy_(expected_arguments[changed])
+        graph.replay()
+        torch.cuda.synchronize()
+        for name in written:
+            assert_same_bits(arguments[name], expected_arguments[name], name)

@@ -26,12 +26,20 @@ BUILD = Path(os.environ.get("BUILD") or ROOT / "build" / "gpu-tree").resolve()
 PACKAGE = BUILD / "package"
 SECONDS = 900  # a stage that takes longer has failed
 
+FUSED_TESTS = [
+    "tests/ops/test_embedding.py", "tests/ops/test_rms_norm.py", "tests/ops/test_swiglu.py",
+    "tests/ops/test_qkv_rope_append.py",
+]  # fmt: skip
 OP_TESTS = [
     "tests/ops/test_prefill_attention.py", "tests/ops/test_registration.py",
+    *FUSED_TESTS, "tests/ops/test_gpu_refusals.py",
     "tests/cuda/test_gpu_ops.py", "--device=cuda",
 ]  # fmt: skip
 # Small shapes for the sanitizers, which slow a kernel down by a factor of 10 to 100.
-SMALL = "test_matches_definition and bf16 and (page_plus_1 or two_chunks_clamp or chunk_896_border)"
+SMALL = (
+    "test_matches_definition and bf16 and (page_plus_1 or two_chunks_clamp or chunk_896_border"
+    " or vectors_of_8 or qwen_7b or chunk_border)"
+)
 NO_GPU = "no CUDA device"  # the reason of tests/conftest.py
 NEEDED_BY_ALL = ("configure", "build", "package")
 
@@ -59,7 +67,9 @@ def sanitizer(name: str) -> list[str] | str:
     )
     if path is None:
         return "compute-sanitizer is not installed"
-    tests = pytest("tests/ops/test_prefill_attention.py", "--device=cuda", "-k", SMALL)
+    tests = pytest(
+        "tests/ops/test_prefill_attention.py", *FUSED_TESTS, "--device=cuda", "-k", SMALL
+    )
     return [path, "--tool", name, "--error-exitcode", "9", "--target-processes", "all", *tests]
 
 
@@ -90,7 +100,8 @@ def command_of(stage: str) -> list[str] | str:
         ],
         "build": [
             "cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count()), "--target", "_C",
-            "_host", "prefill_attention_bench", "tma_bandwidth_bench", "conformance_gpu",
+            "_host", "conformance_gpu", "fused_bench", "prefill_attention_bench",
+            "tma_bandwidth_bench",
         ],
         "package": [
             "cmake", "--install", str(BUILD), "--component", "python",
@@ -110,6 +121,11 @@ def command_of(stage: str) -> list[str] | str:
         "bench-tma": program(
             "tma_bandwidth_bench", "--json", str(OUT / "tma_bandwidth.json")
         ),
+        "bench-fused": program("fused_bench", "--json", str(OUT / "fused.json")),
+        "bench-norms": [
+            sys.executable, str(ROOT / "bench" / "e2e" / "norms_torch.py"),
+            "--json", str(OUT / "norms_torch.json"),
+        ],
         "bench-sdpa": [sys.executable, sdpa, "--json", str(OUT / "prefill_attention_sdpa.json")],
         "bench-kernel": program(
             "prefill_attention_bench", "--json", str(OUT / "prefill_attention.json"),
@@ -121,7 +137,8 @@ def command_of(stage: str) -> list[str] | str:
 
 STAGES = (
     "device", "configure", "build", "package", "doctor", "stream", "conformance", "ops", "ops-sm80",
-    "kernels", "memcheck", "racecheck", "synccheck", "bench-tma", "bench-sdpa", "bench-kernel",
+    "kernels", "memcheck", "racecheck", "synccheck", "bench-tma", "bench-fused",
+    "bench-norms", "bench-sdpa", "bench-kernel",
 )  # fmt: skip
 
 

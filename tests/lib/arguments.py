@@ -13,6 +13,11 @@ from lib.generator import tensor
 from reference.rope import rope_table
 
 
+def _embedding() -> dict[str, Any]:
+    """3 tokens of 8 ids, 32 wide."""
+    return dict(out=torch.zeros(3, 32), weight=tensor(1, 8, 32), token_ids=torch.tensor([7, 0, 3]))
+
+
 def _rms_norm() -> dict[str, Any]:
     """4 tokens of 32."""
     return dict(
@@ -100,6 +105,7 @@ def _decode_attention() -> dict[str, Any]:
 
 
 _ALL = {
+    "embedding": _embedding,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "qkv_rope_append": _qkv_rope_append,
@@ -108,10 +114,19 @@ _ALL = {
 }
 
 
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def good_arguments(op: str, device: str = "cpu") -> dict[str, Any]:
     """Fresh keyword arguments of an op, finite and within every rule (of its kernels there)."""
-    on_gpu = op == "prefill_attention" and device.startswith(("emu", "cuda"))
-    arguments = _prefill_attention_gpu() if on_gpu else _ALL[op]()
+    on_gpu = device.startswith(("emu", "cuda"))
+    arguments = _prefill_attention_gpu() if on_gpu and op == "prefill_attention" else _ALL[op]()
+    if on_gpu and op in ("rms_norm", "swiglu", "qkv_rope_append"):
+        arguments = {
+            name: value.bfloat16() if _is_float(value) and name != "rope_table" else value
+            for name, value in arguments.items()
+        }
     where = torch_device(device)
     return {
         name: value.to(where) if isinstance(value, Tensor) else value

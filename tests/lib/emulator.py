@@ -20,8 +20,14 @@ from qwen1m_ext import ops
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = {"emu_sm90": 90, "emu_sm80": 80}
 """Device names of the tests, `--device=emu` being both, and the kernels they stand for."""
-OPS = ("prefill_attention",)
-"""Operators with kernels that can be emulated."""
+OPS = {
+    "embedding": ["emu_sm80"],
+    "prefill_attention": ["emu_sm90", "emu_sm80"],
+    "qkv_rope_append": ["emu_sm80"],
+    "rms_norm": ["emu_sm80"],
+    "swiglu": ["emu_sm80"],
+}
+"""Operators with kernels that can be emulated; an sm_80 kernel alone serves sm_90 too."""
 
 
 def torch_device(device: str) -> str:
@@ -34,7 +40,7 @@ def operator(name: str, device: str) -> Callable[..., None]:
     if device not in ARCHITECTURES:
         return getattr(ops, name)
     assert name in OPS
-    return partial(prefill_attention, device)
+    return partial(_call, name, device)
 
 
 class _Tensor(ctypes.Structure):
@@ -100,28 +106,41 @@ class EmulatorIssue(AssertionError):
     """The emulator found a broken rule of the hardware; the text has a line for each."""
 
 
-def prefill_attention(
-    device: str, *arguments: Tensor | int | None, seed: int = 1, **named: Tensor | int | None
+def _call(
+    op: str,
+    device: str,
+    *arguments: Tensor | float | None,
+    seed: int = 1,
+    **named: Tensor | float | None,
 ) -> None:
-    """ops.prefill_attention by an emulated kernel.
+    """An operator by its emulated kernel.
+
+    The entry point takes the tensors of the op's signature as one array, then its numbers.
 
     Args:
+        op: One of OPS.
         device: A key of ARCHITECTURES.
-        arguments, named: those of ops.prefill_attention; the tensors lie on the host.
+        arguments, named: those of ops.<op>; the tensors lie on the host.
         seed: Of the emulator's schedule and of when its copies land.
 
     Raises:
         EmulatorIssue: The kernel broke a rule.
         RuntimeError: An argument was refused.
     """
-    bound = inspect.signature(ops.prefill_attention).bind(*arguments, **named)
-    *tensors, chunk_size, local_size = bound.arguments.values()
+    signature = inspect.signature(getattr(ops, op))
+    bound = signature.bind(*arguments, **named)
+    bound.apply_defaults()
+    tensors, numbers = [], []
+    for name, value in bound.arguments.items():
+        kind = str(signature.parameters[name].annotation)
+        if "Tensor" in kind:
+            tensors.append(value)
+        else:
+            numbers.append(ctypes.c_double(value) if kind == "float" else ctypes.c_int64(value))
     text = ctypes.create_string_buffer(1 << 16)
     call = _Call(ARCHITECTURES[device], seed, ctypes.cast(text, ctypes.c_char_p), len(text))
     views = (_Tensor * len(tensors))(*map(_Tensor.of, tensors))
-    code = _library().qwen1m_emu_prefill_attention(
-        views, ctypes.c_int64(chunk_size), ctypes.c_int64(local_size), ctypes.byref(call)
-    )
+    code = getattr(_library(), f"qwen1m_emu_{op}")(views, *numbers, ctypes.byref(call))
     if code == 1:
         raise EmulatorIssue(text.value.decode())
     if code != 0:

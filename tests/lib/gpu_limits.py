@@ -2,22 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lib.cases import case
+from lib.cases import Case, case
 
-HEAD_DIMS = (64, 128)
-# Tests of prefill_attention with inputs of their own; tests/cuda/test_gpu_ops.py does the same with
-# inputs that the GPU kernels take.
+# Tests with inputs of their own, or about values that a GPU does not look at. What the kernels
+# refuse is tested by tests/ops/test_gpu_refusals.py and tests/cuda/test_gpu_ops.py.
 OF_THE_CPU = {
-    "test_extreme_logits": "float32 inputs of head_dim 16",
-    "test_a_chunk_that_never_ends_is_plain_rope": "float32 inputs",
-    "test_threads_do_not_change_bits": "no threads to vary",
-    "test_refuses": "values on the device are not checked",
-    "test_refuses_head_geometry": "float32 inputs",
+    "prefill_attention": {
+        "test_extreme_logits": "float32 inputs of head_dim 16",
+        "test_a_chunk_that_never_ends_is_plain_rope": "float32 inputs",
+        "test_threads_do_not_change_bits": "no threads to vary",
+        "test_refuses": "values on the device are not checked",
+        "test_refuses_head_geometry": "float32 inputs",
+    },
 }
+REFUSALS = {
+    "test_refuses": "the refusals of the CPU backend",
+    "test_fp8_is_refused": "the binding's refusal",
+}
+
+
+def _prefill_attention(inputs: Case, _: Any) -> str | None:
+    if inputs.get("head_dim", 64) not in (64, 128):
+        return f"head_dim 64 and 128, not {inputs['head_dim']}"
+    return _multiple("rows", inputs.get("row_pad", 0), 8)
+
+
+def _multiple(what: str, size: int, of: int) -> str | None:
+    return f"{what} of a multiple of {of} elements, not {size}" if size % of else None
+
+
+def _rms_norm(inputs: Case, _: Any) -> str | None:
+    return _multiple("rows", inputs.get("hidden", 0), 8) or _multiple(
+        "row strides", inputs.get("row_stride", 0), 8
+    )
+
+
+def _swiglu(inputs: Case, _: Any) -> str | None:
+    return _multiple("rows", inputs.get("intermediate", 0), 8) or _multiple(
+        "row strides", inputs.get("row_stride", 0), 8
+    )
+
+
+def _embedding(inputs: Case, dtype: Any) -> str | None:
+    elems = 4 if dtype == torch.float32 else 8
+    return _multiple("rows", inputs.get("hidden", 0), elems) or _multiple(
+        "row strides", inputs.get("row_stride", 0), elems
+    )
+
+
+def _qkv_rope_append(inputs: Case, _: Any) -> str | None:
+    return _multiple("heads", inputs.get("head_dim", 0), 16) or _multiple(
+        "row strides", inputs.get("row_stride", 0), 8
+    )
+
+
+DEMANDS: dict[str, Callable[[Case, Any], str | None]] = {
+    "embedding": _embedding,
+    "prefill_attention": _prefill_attention,
+    "qkv_rope_append": _qkv_rope_append,
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+}
+"""What a kernel has instead of a case's shape, if it cannot take that."""
 
 
 def why_not_on_gpu(op: str, test: str, parameters: dict[str, Any]) -> str | None:
@@ -28,17 +79,15 @@ def why_not_on_gpu(op: str, test: str, parameters: dict[str, Any]) -> str | None
         test: name of the test function.
         parameters: of the parametrised test: case (or name, of a case) and dtype.
     """
-    if op != "prefill_attention":
+    if op not in DEMANDS:
         return f"no GPU kernel of {op} exists yet"
-    if test in OF_THE_CPU:
-        return OF_THE_CPU[test]
-    if parameters.get("dtype", "bf16") not in ("bf16", torch.bfloat16):
+    if reason := OF_THE_CPU.get(op, {}).get(test) or REFUSALS.get(test):
+        return reason
+    dtype = parameters.get("dtype", "bf16")
+    if op != "embedding" and dtype not in ("bf16", torch.bfloat16):
         return f"the kernels of {op} take bfloat16 only"
     inputs = parameters.get("case") or (
         case(op, parameters["name"]) if "name" in parameters else {}
     )
-    if inputs.get("head_dim", HEAD_DIMS[0]) not in HEAD_DIMS:
-        return f"the kernels of {op} have head_dim 64 and 128, not {inputs['head_dim']}"
-    if inputs.get("row_pad", 0) % 8:
-        return f"the kernels of {op} need rows aligned to 16 bytes"
-    return None
+    missing = DEMANDS[op](inputs, dtype)
+    return f"the kernels of {op} have {missing}" if missing else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from lib.arguments import good_arguments
 from lib.cases import DTYPES, PAGE_SIZE, SEEDS, THETA, Case, case, cases, spread, strided
 from lib.compare import assert_close, assert_same_bits
+from lib.emulator import operator, torch_device
 from lib.generator import shuffled, tensor
 from lib.refuse import refuses
 from lib.threads import threads
@@ -46,11 +47,12 @@ def arguments_of(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 def run(arguments: dict[str, Any], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Call the op on a device; returns q, k_cache, v_cache there."""
+    where = torch_device(device)
     on = {
-        name: value.to(device) if isinstance(value, Tensor) else value
+        name: value.to(where) if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
-    ops.qkv_rope_append(**on)
+    operator("qkv_rope_append", device)(**on)
     return on["q"], on["k_cache"], on["v_cache"]
 
 
@@ -68,11 +70,12 @@ def test_matches_definition(case: Case, dtype: str, device: str) -> None:
         assert_close(actual, value, f"qkv_rope_append/{dtype}", name)
 
 
-def test_plain_rope_and_one_chunk_give_the_same_bits(device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_plain_rope_and_one_chunk_give_the_same_bits(dtype: torch.dtype, device: str) -> None:
     """Inside chunk 0 the chunk length does not matter."""
-    arguments = arguments_of(case("qkv_rope_append", "page_plus_1"), torch.float32)
+    arguments = arguments_of(case("qkv_rope_append", "page_plus_1"), dtype)
     plain = run(arguments, device)
-    arguments = arguments_of(case("qkv_rope_append", "page_plus_1"), torch.float32)
+    arguments = arguments_of(case("qkv_rope_append", "page_plus_1"), dtype)
     for actual, expected in zip(run(arguments | dict(chunk_len=129), device), plain, strict=True):
         assert_same_bits(actual, expected)
 
@@ -97,15 +100,45 @@ def test_token_does_not_depend_on_other_tokens(dtype: torch.dtype, device: str) 
             assert_same_bits(actual, expected, f"{count} threads")
 
 
-def test_strides_of_index_tensors(device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_strides_of_index_tensors(dtype: torch.dtype, device: str) -> None:
     """Positions and slot_mapping need not be contiguous."""
     case_ = case("qkv_rope_append", "chunk_border")
-    expected = run(arguments_of(case_, torch.float32), device)
-    arguments = arguments_of(case_, torch.float32)
+    expected = run(arguments_of(case_, dtype), device)
+    arguments = arguments_of(case_, dtype)
     for name in ("positions", "slot_mapping"):
         arguments[name] = spread(arguments[name])
     for actual, value in zip(run(arguments, device), expected, strict=True):
         assert_same_bits(actual, value)
+
+
+def test_values_that_a_gpu_cannot_refuse(device: str) -> None:
+    """There a slot outside of the cache appends nothing; a position without rotation gives NaN."""
+    if device == "cpu":
+        pytest.skip("cpu: refused (test_refuses)")
+    arguments = arguments_of(case("qkv_rope_append", "chunk_border"), torch.bfloat16)
+    q, k_cache, v_cache = run(arguments, device)
+    slots = len(arguments["k_cache"]) * PAGE_SIZE
+    lost, bad = {3: -7, 4: slots, 5: 2**40}, {7: -1, 8: arguments["chunk_len"] - 1}
+    changed = arguments | dict(
+        positions=arguments["positions"].clone(),
+        slot_mapping=arguments["slot_mapping"].clone(),
+        rope_table=arguments["rope_table"][: arguments["chunk_len"] - 1],
+    )
+    for token, value in lost.items():
+        changed["slot_mapping"][token] = value
+    for token, value in bad.items():
+        changed["positions"][token] = value
+    for token in range(case("qkv_rope_append", "chunk_border")["tokens"]):
+        page, row = divmod(int(arguments["slot_mapping"][token]), PAGE_SIZE)
+        no_rotation = int(changed["positions"][token]) % changed["chunk_len"] == 223
+        if token in lost or token in bad or no_rotation:
+            k_cache[page, :, row] = float("nan")
+        if token in lost:
+            v_cache[page, :, row] = float("nan")
+    for actual, expected in zip(run(changed, device), (q, k_cache, v_cache), strict=True):
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert_same_bits(actual.nan_to_num(), expected.nan_to_num())
 
 
 def test_large_bias_keeps_fp32_precision(device: str) -> None:
@@ -125,14 +158,15 @@ def test_large_bias_keeps_fp32_precision(device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_offsets_beyond_2_to_the_31(dtype: torch.dtype, device: str) -> None:
     """Slots in the last page of caches of more than 2^31 elements (never resident as a whole)."""
-    arguments = arguments_of(case("qkv_rope_append", "strided_rows"), dtype)
+    arguments = arguments_of(case("qkv_rope_append", "strided_rows_of_vectors"), dtype)
+    where = torch_device(device)
     pages = 2**31 // (2 * PAGE_SIZE * 64) + 2
     shape = (pages, 2, PAGE_SIZE, 64)
     small = run(arguments, device)
     shift = (pages - len(arguments["k_cache"])) * PAGE_SIZE
     big = arguments | dict(
-        k_cache=torch.empty(shape, dtype=dtype, device=device),
-        v_cache=torch.empty(shape, dtype=dtype, device=device),
+        k_cache=torch.empty(shape, dtype=dtype, device=where),
+        v_cache=torch.empty(shape, dtype=dtype, device=where),
         slot_mapping=arguments["slot_mapping"] + shift,
     )
     _, k_cache, v_cache = run(big, device)

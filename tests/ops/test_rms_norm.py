@@ -9,6 +9,7 @@ from torch import Tensor
 from lib.arguments import good_arguments
 from lib.cases import DTYPES, SEEDS, Case, assert_gaps_untouched, case, cases, strided
 from lib.compare import assert_close, assert_same_bits
+from lib.emulator import operator, torch_device
 from lib.generator import tensor
 from lib.refuse import refuses
 from lib.threads import threads
@@ -37,16 +38,17 @@ def test_matches_definition(case: Case, dtype: str, device: str) -> None:
     expected, expected_residual = reference(x, weight, case["eps"], residual)
     x_before = x.clone()
 
-    on = lambda t: None if t is None else t.to(device)  # noqa: E731
+    where = torch_device(device)
+    on = lambda t: None if t is None else t.to(where)  # noqa: E731
     out = strided(torch.zeros_like(x), case["row_stride"])
     out, residual, x, weight = on(out), on(residual), on(x), on(weight)
-    ops.rms_norm(out, residual, x, weight, case["eps"])
+    operator("rms_norm", device)(out, residual, x, weight, case["eps"])
 
     assert_close(out, expected, f"rms_norm/{dtype}")
     assert_same_bits(x.cpu(), x_before, "x")
     if expected_residual is not None:  # an addition rounded once: exact
         assert_same_bits(residual.cpu().contiguous(), expected_residual, "residual")
-    if device == "cpu":
+    if where == "cpu":
         assert_gaps_untouched(out)
         if residual is not None:
             assert_gaps_untouched(residual)
@@ -56,11 +58,14 @@ def test_matches_definition(case: Case, dtype: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_out_may_be_x(dtype: torch.dtype, with_residual: bool, device: str) -> None:
     """In place gives the bits of the two-buffer call."""
-    x, weight, residual = inputs(case("rms_norm", "odd_width"), dtype)
-    x, weight, residual = x.to(device), weight.to(device), residual.to(device)
+    name = "odd_width" if device == "cpu" else "vectors_of_8"
+    x, weight, residual = (
+        t.to(torch_device(device)) for t in inputs(case("rms_norm", name), dtype)
+    )
+    call = operator("rms_norm", device)
     out, residual_1, residual_2 = torch.zeros_like(x), residual.clone(), residual.clone()
-    ops.rms_norm(out, residual_1 if with_residual else None, x, weight, 1e-6)
-    ops.rms_norm(x, residual_2 if with_residual else None, x, weight, 1e-6)
+    call(out, residual_1 if with_residual else None, x, weight, 1e-6)
+    call(x, residual_2 if with_residual else None, x, weight, 1e-6)
     assert_same_bits(x, out)
     assert_same_bits(residual_2, residual_1, "residual")
 
@@ -68,37 +73,43 @@ def test_out_may_be_x(dtype: torch.dtype, with_residual: bool, device: str) -> N
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_row_does_not_depend_on_other_rows(dtype: torch.dtype, device: str) -> None:
     """A row alone, in a batch, with 1 or 2 threads: the same bits."""
-    x, weight = tensor(1, 300, 331, dtype=dtype).to(device), tensor(2, 331, dtype=dtype).to(device)
+    width, where = (331 if device == "cpu" else 328), torch_device(device)
+    x, weight = (tensor(i + 1, *shape, dtype=dtype).to(where)
+                 for i, shape in enumerate(((300, width), (width,))))  # fmt: skip
+    call = operator("rms_norm", device)
     together = torch.zeros_like(x)
-    ops.rms_norm(together, None, x, weight, 1e-6)
+    call(together, None, x, weight, 1e-6)
     alone = torch.zeros_like(x)
     for row in range(0, 300, 7):
-        ops.rms_norm(alone[row : row + 1], None, x[row : row + 1], weight, 1e-6)
+        call(alone[row : row + 1], None, x[row : row + 1], weight, 1e-6)
     assert_same_bits(alone[::7], together[::7])
     for count in (1, 2):
         with threads(count):
             out = torch.zeros_like(together)
-            ops.rms_norm(out, None, x, weight, 1e-6)
+            call(out, None, x, weight, 1e-6)
         assert_same_bits(out, together, f"{count} threads")
 
 
-def test_nan_stays_in_its_row(device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_row(dtype: str, device: str) -> None:
     """A NaN spoils its own row and no other; an infinite value gives what the definition gives."""
-    x, weight = tensor(1, 5, 40).to(device), tensor(2, 40).to(device)
+    where = torch_device(device)
+    x = tensor(1, 5, 40, dtype=DTYPES[dtype]).to(where)
+    weight = tensor(2, 40, dtype=DTYPES[dtype]).to(where)
     x[1, 39], x[3, 0] = float("nan"), float("inf")
     out = torch.zeros_like(x)
-    ops.rms_norm(out, None, x, weight, 1e-6)
-    assert_close(out, reference(x.cpu(), weight.cpu(), 1e-6)[0], "rms_norm/fp32")
+    operator("rms_norm", device)(out, None, x, weight, 1e-6)
+    assert_close(out, reference(x.cpu(), weight.cpu(), 1e-6)[0], f"rms_norm/{dtype}")
 
 
 def test_offsets_beyond_2_to_the_31(device: str) -> None:
     """Rows 2^31 elements apart (4 GiB of untouched memory, little of it resident)."""
     stride = 2**31 + 24
-    storage = torch.empty(stride + 48, dtype=torch.bfloat16, device=device)
+    storage = torch.empty(stride + 48, dtype=torch.bfloat16, device=torch_device(device))
     x = storage.as_strided((2, 48), (stride, 1))
     values, weight = tensor(1, 2, 48, dtype=torch.bfloat16), tensor(2, 48, dtype=torch.bfloat16)
     x.copy_(values)
-    ops.rms_norm(x, None, x, weight.to(device), 1e-6)
+    operator("rms_norm", device)(x, None, x, weight.to(x.device), 1e-6)
     assert_close(x, reference(values, weight, 1e-6)[0], "rms_norm/bf16")
 
 

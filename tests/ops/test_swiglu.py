@@ -8,6 +8,7 @@ import torch
 from lib.arguments import good_arguments
 from lib.cases import DTYPES, SEEDS, Case, assert_gaps_untouched, cases, strided
 from lib.compare import assert_close, assert_same_bits
+from lib.emulator import operator, torch_device
 from lib.generator import tensor
 from lib.refuse import refuses
 from lib.threads import threads
@@ -23,10 +24,12 @@ def test_matches_definition(case: Case, dtype: str, device: str) -> None:
     tokens, width = case["tokens"], case["intermediate"]
     values = tensor(SEEDS["gate_up"], tokens, 2 * width) * case["amplitude"]
     gate_up = strided(values.to(DTYPES[dtype]), case["row_stride"])
-    out = strided(torch.zeros(tokens, width, dtype=DTYPES[dtype]), width + 3).to(device)
-    ops.swiglu(out, gate_up.to(device))
+    where = torch_device(device)
+    gap = 3 if device == "cpu" else 8
+    out = strided(torch.zeros(tokens, width, dtype=DTYPES[dtype]), width + gap).to(where)
+    operator("swiglu", device)(out, gate_up.to(where))
     assert_close(out, reference(gate_up), f"swiglu/{dtype}")
-    if device == "cpu":
+    if where == "cpu":
         assert_gaps_untouched(out)
 
 
@@ -34,49 +37,55 @@ def test_matches_definition(case: Case, dtype: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_magnitude(dtype: str, device: str) -> None:
     """Gates over the whole range where SiLU is not trivial, and where exp overflows."""
-    gate = torch.cat((torch.linspace(-110, 110, 4001), torch.tensor([-3e38, 3e38, 0.0, -0.0])))
+    gate = torch.cat((torch.linspace(-110, 110, 4004), torch.tensor([-3e38, 3e38, 0.0, -0.0])))
     gate_up = torch.stack((gate, torch.ones_like(gate))).reshape(1, -1).to(DTYPES[dtype])
-    out = torch.zeros(1, len(gate), dtype=DTYPES[dtype], device=device)
-    ops.swiglu(out, gate_up.to(device))
+    where = torch_device(device)
+    out = torch.zeros(1, len(gate), dtype=DTYPES[dtype], device=where)
+    operator("swiglu", device)(out, gate_up.to(where))
     assert_close(out, reference(gate_up), f"swiglu/{dtype}")
 
 
-def test_non_finite(device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite(dtype: str, device: str) -> None:
     """NaN passes through; +inf gates give +inf; -inf gates give what the definition gives, NaN."""
-    gate = torch.tensor([float("nan"), 1.0, float("inf"), float("-inf"), 2.0])
-    up = torch.tensor([1.0, float("nan"), 1.0, 1.0, float("inf")])
-    gate_up = torch.cat((gate, up))[None]
-    out = torch.zeros(1, 5, device=device)
-    ops.swiglu(out, gate_up.to(device))
-    assert_close(out, reference(gate_up), "swiglu/fp32")
+    gate = torch.tensor([float("nan"), 1.0, float("inf"), float("-inf"), 2.0, -2.0, 0.0, 3.0])
+    up = torch.tensor([1.0, float("nan"), 1.0, 1.0, float("inf"), float("inf"), 4.0, 2.0])
+    gate_up = torch.cat((gate, up))[None].to(DTYPES[dtype])
+    where = torch_device(device)
+    out = torch.zeros(1, 8, dtype=DTYPES[dtype], device=where)
+    operator("swiglu", device)(out, gate_up.to(where))
+    assert_close(out, reference(gate_up), f"swiglu/{dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_row_does_not_depend_on_other_rows(dtype: torch.dtype, device: str) -> None:
     """A row alone, in a batch, with 1 or 2 threads: the same bits."""
-    gate_up = tensor(1, 300, 262, dtype=dtype).to(device)
-    together = torch.zeros(300, 131, dtype=dtype, device=device)
-    ops.swiglu(together, gate_up)
+    width, where = (131 if device == "cpu" else 136), torch_device(device)
+    gate_up = tensor(1, 300, 2 * width, dtype=dtype).to(where)
+    together = torch.zeros(300, width, dtype=dtype, device=where)
+    call = operator("swiglu", device)
+    call(together, gate_up)
     alone = torch.zeros_like(together)
     for row in range(0, 300, 7):
-        ops.swiglu(alone[row : row + 1], gate_up[row : row + 1])
+        call(alone[row : row + 1], gate_up[row : row + 1])
     assert_same_bits(alone[::7], together[::7])
     for count in (1, 2):
         with threads(count):
             out = torch.zeros_like(together)
-            ops.swiglu(out, gate_up)
+            call(out, gate_up)
         assert_same_bits(out, together, f"{count} threads")
 
 
 def test_offsets_beyond_2_to_the_31(device: str) -> None:
     """Rows 2^31 elements apart (4 GiB of untouched memory, little of it resident)."""
     stride = 2**31 + 24
-    storage = torch.empty(stride + 96, dtype=torch.bfloat16, device=device)
+    where = torch_device(device)
+    storage = torch.empty(stride + 96, dtype=torch.bfloat16, device=where)
     gate_up = storage.as_strided((2, 96), (stride, 1))
     values = tensor(1, 2, 96, dtype=torch.bfloat16)
     gate_up.copy_(values)
-    out = torch.zeros(2, 48, dtype=torch.bfloat16, device=device)
-    ops.swiglu(out, gate_up)
+    out = torch.zeros(2, 48, dtype=torch.bfloat16, device=where)
+    operator("swiglu", device)(out, gate_up)
     assert_close(out, reference(values), "swiglu/bf16")
 
 

@@ -93,6 +93,13 @@ DeviceFacts device_facts() {
   return facts;
 }
 
+int require_sm80(const char* name) {
+  const int capability = device_facts().capability;
+  if (capability >= 80) return capability;
+  throw Error(std::string(name) + ": expected a GPU of compute capability 8.0 or later, got " +
+              std::to_string(capability / 10) + "." + std::to_string(capability % 10));
+}
+
 TensorMap make_tensor_map(const TensorMapSpec& spec) {
   check_spec(spec);
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};

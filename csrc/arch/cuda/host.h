@@ -47,4 +47,25 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& pa
   launch(reinterpret_cast<const void*>(kernel), config, static_cast<const void*>(&params));
 }
 
+/// Compute capability as in DeviceFacts. Throws qwen1m::Error below 80.
+int require_sm80(const char* name);
+
+/// Launches a kernel struct written for every architecture from sm_80 on, which says its own shape:
+/// `blocks(params)`, `threads(params)`, Smem. It begins with wait_for_prior_grid, in front of every
+/// access to memory; so on sm_90 its blocks take their places while the kernel before it ends,
+/// which hides the launch: that counts for kernels of a few microseconds, as all are in a decode
+/// step. (Elsewhere what runs is sm_80 code, in which the wait is nothing.)
+template <typename Kernel>
+void launch_after_prior_grid(void (*kernel)(typename Kernel::Params), const char* name,
+                             const typename Kernel::Params& params, Stream stream) {
+  launch(kernel,
+         {.name = name,
+          .blocks = Kernel::blocks(params),
+          .threads = Kernel::threads(params),
+          .shared_bytes = sizeof(typename Kernel::Smem),
+          .dependent = require_sm80(name) == 90,
+          .stream = stream},
+         params);
+}
+
 }  // namespace qwen1m::arch

@@ -1,9 +1,9 @@
 // CPU backend of qkv_rope_append. Memory bound: every value is read once and written once.
-#include "common/check.h"
 #include "common/dispatch.h"
 #include "common/math.h"
 #include "common/rows.h"
 #include "common/target.h"
+#include "ops/qkv_rope_append/qkv_rope_append_check.h"
 #include "qwen1m/dual_chunk.h"
 #include "qwen1m/qkv_rope_append.h"
 
@@ -101,57 +101,11 @@ void run(const QkvRopeAppendParams& p, const ParallelFor& parallel_for) {
   });
 }
 
-void check(const QkvRopeAppendParams& p) {
-  ArgCheck args("qkv_rope_append");
-  args.shape("q", p.q, {"tokens", "q_heads", "D"});
-  const int64_t tokens = args.size("tokens"), head_dim = args.size("D");
-  args.require(head_dim > 0 && head_dim % 2 == 0, "q", "an even head_dim D > 0", head_dim);
-  args.dense_from(1, "q", p.q);
-  args.separate_rows("q", p.q);
-  args.shape("k_cache", p.k_cache, {"pages", "kv_heads", kPageSize, "D"});
-  args.same_dtype("k_cache", p.k_cache, "q", p.q);
-  args.dense_from(0, "k_cache", p.k_cache);
-  args.shape("v_cache", p.v_cache, {"pages", "kv_heads", kPageSize, "D"});
-  args.same_dtype("v_cache", p.v_cache, "q", p.q);
-  args.dense_from(0, "v_cache", p.v_cache);
-  const Dim columns("(q_heads + 2 kv_heads) D",
-                    (args.size("q_heads") + 2 * args.size("kv_heads")) * head_dim);
-  args.shape("qkv", p.qkv, {"tokens", columns});
-  args.same_dtype("qkv", p.qkv, "q", p.q);
-  args.dense_from(1, "qkv", p.qkv);
-  if (p.bias) {
-    args.shape("bias", p.bias, {columns});
-    args.same_dtype("bias", p.bias, "q", p.q);
-    args.dense_from(0, "bias", p.bias);
-  }
-  args.shape("positions", p.positions, {"tokens"});
-  args.shape("slot_mapping", p.slot_mapping, {"tokens"});
-  args.shape("rope_table", p.rope_table, {"rows", {"D/2", head_dim / 2}, 2});
-  args.dense_from(0, "rope_table", p.rope_table);
-  args.require(p.chunk_len > 0, "chunk_len", "a number of tokens > 0", p.chunk_len);
-
-  // Before anything is written, so that a call that throws leaves the cache as it was.
-  const int64_t slots = args.size("pages") * kPageSize, rows = args.size("rows");
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t slot = *p.slot_mapping.at(t), position = *p.positions.at(t);
-    if (slot == -1) continue;
-    if (slot < 0 || slot >= slots) {
-      args.fail("slot_mapping[" + std::to_string(t) + "]",
-                "-1 or a slot below pages * 128 = " + std::to_string(slots), std::to_string(slot));
-    }
-    if (position < 0 || position % p.chunk_len >= rows) {
-      args.fail("positions[" + std::to_string(t) + "]",
-                "a position >= 0 with position % chunk_len (" + std::to_string(p.chunk_len) +
-                    ") below the " + std::to_string(rows) + " rows of rope_table",
-                std::to_string(position));
-    }
-  }
-}
-
 }  // namespace
 
 void qkv_rope_append_cpu(const QkvRopeAppendParams& p, const ParallelFor& parallel_for) {
-  check(p);
+  check_qkv_rope_append_layout(p);
+  check_qkv_rope_append_values(p);
   dispatch_dtype(p.q.dtype, [&](auto zero) {
     using T = decltype(zero);
     p.bias ? run<T, true>(p, parallel_for) : run<T, false>(p, parallel_for);

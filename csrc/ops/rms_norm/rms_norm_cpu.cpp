@@ -2,11 +2,11 @@
 // memory, the second pass finds it in the L1 cache.
 #include <cmath>
 
-#include "common/check.h"
 #include "common/dispatch.h"
 #include "common/math.h"
 #include "common/rows.h"
 #include "common/target.h"
+#include "ops/rms_norm/rms_norm_check.h"
 #include "qwen1m/rms_norm.h"
 
 namespace qwen1m {
@@ -74,30 +74,10 @@ void run(const RmsNormParams& p, const ParallelFor& parallel_for) {
   });
 }
 
-void check(const RmsNormParams& p) {
-  ArgCheck args("rms_norm");
-  args.shape("x", p.x, {"tokens", "hidden"});
-  args.dense_from(1, "x", p.x);
-  args.shape("out", p.out, {"tokens", "hidden"});
-  args.same_dtype("out", p.out, "x", p.x);
-  args.dense_from(1, "out", p.out);
-  args.separate_rows("out", p.out);
-  args.shape("weight", p.weight, {"hidden"});
-  args.same_dtype("weight", p.weight, "x", p.x);
-  args.dense_from(0, "weight", p.weight);
-  if (p.residual) {
-    args.shape("residual", p.residual, {"tokens", "hidden"});
-    args.same_dtype("residual", p.residual, "x", p.x);
-    args.dense_from(1, "residual", p.residual);
-    args.separate_rows("residual", p.residual);
-  }
-  args.require(p.eps > 0, "eps", "a number > 0", p.eps);
-}
-
 }  // namespace
 
 void rms_norm_cpu(const RmsNormParams& p, const ParallelFor& parallel_for) {
-  check(p);
+  check_rms_norm(p);
   dispatch_dtype(p.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     p.residual ? run<T, true>(p, parallel_for) : run<T, false>(p, parallel_for);

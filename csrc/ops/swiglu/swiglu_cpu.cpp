@@ -1,9 +1,9 @@
 // CPU backend of swiglu. Memory bound.
-#include "common/check.h"
 #include "common/dispatch.h"
 #include "common/math.h"
 #include "common/rows.h"
 #include "common/target.h"
+#include "ops/swiglu/swiglu_check.h"
 #include "qwen1m/swiglu.h"
 
 namespace qwen1m {
@@ -38,20 +38,10 @@ void run(const SwigluParams& p, const ParallelFor& parallel_for) {
                [&](int64_t t) { row(out.at(t), gate_up.at(t), gate_up.at(t) + n, n); });
 }
 
-void check(const SwigluParams& p) {
-  ArgCheck args("swiglu");
-  args.shape("out", p.out, {"tokens", "intermediate"});
-  args.dense_from(1, "out", p.out);
-  args.separate_rows("out", p.out);
-  args.shape("gate_up", p.gate_up, {"tokens", {"2 intermediate", 2 * args.size("intermediate")}});
-  args.same_dtype("gate_up", p.gate_up, "out", p.out);
-  args.dense_from(1, "gate_up", p.gate_up);
-}
-
 }  // namespace
 
 void swiglu_cpu(const SwigluParams& p, const ParallelFor& parallel_for) {
-  check(p);
+  check_swiglu(p);
   dispatch_dtype(p.out.dtype, [&](auto zero) { run<decltype(zero)>(p, parallel_for); });
 }
 

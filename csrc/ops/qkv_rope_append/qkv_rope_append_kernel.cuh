@@ -1,0 +1,171 @@
+#pragma once
+/// qkv_rope_append on sm_80 and later, bf16. A thread owns a few columns, a vector of q or v or the
+/// two vectors of a key that rotate into each other, for kTokens tokens: it reads its bias once. A
+/// block is a piece of the columns. Compiled and emulated, not yet run on a GPU.
+
+#include "arch/arch.h"
+#include "common/vectors.h"
+#include "ops/qkv_rope_append/qkv_rope_append_check.h"
+
+namespace qwen1m {
+
+struct QkvRopeAppendKernel {
+  static constexpr int kThreads = 128;
+  static constexpr int kTokens = 4;
+
+  struct Params {
+    QkvRopeAppendParams args;
+    int q_vectors;     // of a token
+    int kv_vectors;    // of a token's keys; as many values
+    int half_vectors;  // of half a head
+    uint32_t pieces;   // blocks for the columns of a token
+  };
+  struct Smem {};
+
+  static Params params_of(const QkvRopeAppendParams& p) {
+    const int64_t head_dim = p.q.size(2);
+    const auto q_vectors = static_cast<int>(p.q.size(1) * head_dim / kVectorElems);
+    const auto kv_vectors = static_cast<int>(p.k_cache.size(1) * head_dim / kVectorElems);
+    const int units = q_vectors + kv_vectors + kv_vectors / 2;
+    return {p, q_vectors, kv_vectors, static_cast<int>(head_dim / (2 * kVectorElems)),
+            static_cast<uint32_t>((units + kThreads - 1) / kThreads)};
+  }
+  static int64_t blocks(const Params& p) {
+    return (p.args.q.size(0) + kTokens - 1) / kTokens * p.pieces;
+  }
+  static int threads(const Params&) { return kThreads; }
+
+  /// Columns [column, column + 8) of a token with their bias.
+  static Q1M_DEVICE void add_bias(float (&values)[kVectorElems], const Params& p,
+                                  const arch::Vec16& bias) {
+    if (!p.args.bias) return;
+    float b[kVectorElems];
+    unpack(bias, b);
+    Q1M_UNROLL
+    for (int e = 0; e < kVectorElems; ++e) values[e] += b[e];
+  }
+  static Q1M_DEVICE arch::Vec16 load_bias(const Params& p, int vector) {
+    if (!p.args.bias) return {};
+    return arch::global_load(vector_at(p.args.bias.as<const bf16>().data, vector));
+  }
+
+  /// Where the token's row of KV head 0 begins in a cache; -1 if nothing is appended. (A slot that
+  /// is not in the cache is the caller's error; it is not written outside of it.)
+  static Q1M_DEVICE int64_t cache_row(const Params& p, int64_t token) {
+    const int64_t slot = arch::global_load(p.args.slot_mapping.at(token));
+    const AnyView<4>& cache = p.args.k_cache;
+    if (slot < 0 || slot >= cache.size(0) * kPageSize) return -1;
+    return (slot / kPageSize * cache.size(1) * kPageSize + slot % kPageSize) * cache.size(3);
+  }
+
+  /// q or v: out = x + bias.
+  static Q1M_DEVICE void copy(const Params& p, int64_t first, int unit) {
+    const bool is_q = unit < p.q_vectors;
+    const int vector = is_q ? unit : unit + p.kv_vectors;  // keys lie between
+    const int in_head = unit % (2 * p.half_vectors);
+    const int head = (is_q ? unit : unit - p.q_vectors) / (2 * p.half_vectors);
+    const arch::Vec16 bias = load_bias(p, vector);
+    arch::Vec16 x[kTokens];
+    Q1M_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      if (first + t < p.args.q.size(0)) {
+        x[t] = arch::global_load(vector_at(p.args.qkv.as<const bf16>().at(first + t), vector));
+      }
+    }
+    Q1M_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      if (first + t >= p.args.q.size(0)) break;
+      bf16* to = p.args.q.as<bf16>().at(first + t, head);
+      if (!is_q) {
+        const int64_t row = cache_row(p, first + t);
+        if (row < 0) continue;
+        to = p.args.v_cache.as<bf16>().at(int64_t{0}, head) + row;
+      }
+      float values[kVectorElems];
+      unpack(x[t], values);
+      add_bias(values, p, bias);
+      arch::global_store(vector_at(to, in_head), pack(values));
+    }
+  }
+
+  /// (cos, sin) of 8 rotary pairs of a token's key; NaN where the table has no such row.
+  static Q1M_DEVICE void load_rotation(const Params& p, int64_t token, int vector,
+                                       arch::Vec16 (&cos_sin)[4]) {
+    int64_t position = arch::global_load(p.args.positions.at(token));
+    if (position >= p.args.chunk_len) position %= p.args.chunk_len;
+    const bool exists = position >= 0 && position < p.args.rope_table.size(0);
+    const float* row = p.args.rope_table.at(exists ? position : 0, vector * kVectorElems);
+    Q1M_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      cos_sin[w] = exists ? arch::global_load(vector_at(row, w))
+                          : arch::Vec16{{0x7fc00000, 0x7fc00000, 0x7fc00000, 0x7fc00000}};
+    }
+  }
+
+  /// k: 8 pairs (d, d + D/2) of a head.
+  static Q1M_DEVICE void rotate(const Params& p, int64_t first, int unit) {
+    const int head = unit / p.half_vectors, in_half = unit % p.half_vectors;
+    const int low = p.q_vectors + head * 2 * p.half_vectors + in_half;
+    const int high = low + p.half_vectors;
+    const arch::Vec16 bias_low = load_bias(p, low), bias_high = load_bias(p, high);
+    Q1M_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const int64_t token = first + t;
+      if (token >= p.args.q.size(0)) break;
+      const int64_t row = cache_row(p, token);
+      if (row < 0) continue;
+      const bf16* qkv = p.args.qkv.as<const bf16>().at(token);
+      const arch::Vec16 x_low = arch::global_load(vector_at(qkv, low));
+      const arch::Vec16 x_high = arch::global_load(vector_at(qkv, high));
+      arch::Vec16 cos_sin[4];
+      load_rotation(p, token, in_half, cos_sin);
+      float a[kVectorElems], b[kVectorElems];
+      unpack(x_low, a);
+      unpack(x_high, b);
+      add_bias(a, p, bias_low);
+      add_bias(b, p, bias_high);
+      Q1M_UNROLL
+      for (int e = 0; e < kVectorElems; ++e) {
+        const float c = arch::as_float(cos_sin[e / 2].word[e % 2 * 2]);
+        const float s = arch::as_float(cos_sin[e / 2].word[e % 2 * 2 + 1]);
+        const float rotated = a[e] * c - b[e] * s;
+        b[e] = b[e] * c + a[e] * s;
+        a[e] = rotated;
+      }
+      bf16* to = p.args.k_cache.as<bf16>().at(int64_t{0}, head) + row;
+      arch::global_store(vector_at(to, in_half), pack(a));
+      arch::global_store(vector_at(to, in_half + p.half_vectors), pack(b));
+    }
+  }
+
+  static Q1M_DEVICE void run(const Params& p) {
+    arch::wait_for_prior_grid();
+    arch::launch_dependents();
+    const auto block = static_cast<uint32_t>(arch::block_index());
+    const int64_t first = int64_t{block / p.pieces} * kTokens;
+    const int unit = static_cast<int>(block % p.pieces) * kThreads + arch::thread_index();
+    const int copies = p.q_vectors + p.kv_vectors;
+    if (unit < copies) {
+      copy(p, first, unit);
+    } else if (unit < copies + p.kv_vectors / 2) {
+      rotate(p, first, unit - copies);
+    }
+  }
+};
+
+/// What the kernel demands beyond the op's contract; slots and positions are not read.
+inline void check_qkv_rope_append_gpu(const QkvRopeAppendParams& p) {
+  check_qkv_rope_append_layout(p);
+  const ArgCheck args("qkv_rope_append");
+  require_bf16_vectors(args, "q", p.q);
+  require_bf16_vectors(args, "k_cache", p.k_cache);
+  require_bf16_vectors(args, "v_cache", p.v_cache);
+  require_bf16_vectors(args, "qkv", p.qkv);
+  if (p.bias) require_bf16_vectors(args, "bias", p.bias);
+  const auto table = reinterpret_cast<uintptr_t>(p.rope_table.data);
+  args.require(table % 16 == 0, "rope_table", "data aligned to 16 bytes on a GPU", table % 16);
+  args.require(p.q.size(2) % (2 * kVectorElems) == 0, "q", "head_dim D a multiple of 16 on a GPU",
+               p.q.size(2));
+}
+
+}  // namespace qwen1m
