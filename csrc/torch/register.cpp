@@ -19,4 +19,19 @@ STABLE_TORCH_LIBRARY(qwen1m, m) {
       "decode_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, "
       "Tensor v_cache, Tensor block_table, Tensor kv_len, Tensor logit_scale, "
       "Tensor rope_table, int chunk_size, int local_size) -> ()");
+  m.def(
+      "sparse_estimate(Tensor(a!) vertical, Tensor(b!) slash, Tensor q, Tensor k_cache, "
+      "Tensor block_table, Tensor logit_scale, Tensor rope_table, int segment_end, "
+      "int chunk_size, int local_size, bool critical) -> ()");
+  m.def(
+      "sparse_plan(Tensor(a!) verticals, Tensor(b!) vertical_count, Tensor(c!) runs, "
+      "Tensor(d!) run_count, Tensor vertical_score, Tensor slash_score, Tensor v_size, "
+      "Tensor s_size, int segment_begin, int chunk_size, int local_size, int tile_tokens, "
+      "int group, bool exact, bool fallback) -> ()");
+  m.def(
+      "sparse_prefill(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, Tensor v_cache, "
+      "Tensor block_table, Tensor logit_scale, Tensor rope_table, Tensor verticals, "
+      "Tensor vertical_count, Tensor runs, Tensor run_count, Tensor(c!)? scratch, int q_begin, "
+      "int segment_begin, int segment_end, int chunk_size, int local_size, int tile_tokens, "
+      "bool exact) -> ()");
 }

@@ -23,7 +23,11 @@ INFINITE_CHUNK = 1 << 62
 
 OP_NAMES = (
     "embedding", "rms_norm", "swiglu", "qkv_rope_append", "prefill_attention", "decode_attention",
+    "sparse_estimate", "sparse_plan", "sparse_prefill",
 )  # fmt: skip
+
+SPARSE_STAGES = 3
+"""Lists of a plan per head: inter, successive, intra keys (kStages in sparse_plan.h)."""
 
 
 def library_path() -> Path:
@@ -155,4 +159,104 @@ def decode_attention(
     _ops.decode_attention(
         out, lse, q, k_cache, v_cache, block_table, kv_len, logit_scale, rope_table,
         chunk_size, local_size,
+    )  # fmt: skip
+
+
+def sparse_estimate(
+    vertical: Tensor,
+    slash: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    logit_scale: Tensor,
+    rope_table: Tensor,
+    segment_end: int,
+    chunk_size: int,
+    local_size: int,
+    critical: bool = True,
+) -> None:
+    """Column and diagonal sums of the attention of a segment's last rows.
+
+    vertical, slash: [q_heads, segment_end] float32, by key and by offset i - j; q: [n, q_heads, D]
+    un-rotated; block_table: [1, pages]; logit_scale: [1]. `critical`: continuous positions, which
+    need rope_table rows up to chunk_size + chunk_len.
+    """
+    _ops.sparse_estimate(
+        vertical, slash, q, k_cache, block_table, logit_scale, rope_table, segment_end,
+        chunk_size, local_size, critical,
+    )  # fmt: skip
+
+
+def sparse_vertical_capacity(v_size: int, segment_end: int) -> int:
+    """Columns of `verticals` that a plan with this largest budget may need (sparse_plan.h)."""
+    return min(v_size, segment_end) + 15
+
+
+def sparse_run_capacity(
+    s_size: int, segment_end: int, tile_tokens: int, exact: bool = False
+) -> int:
+    """Entries of `runs` per head and stage that a plan with this largest budget may need."""
+    apart = 2 if exact else tile_tokens + 1
+    return max(min(s_size, -(-segment_end // apart)), 5)
+
+
+def sparse_plan(
+    verticals: Tensor,
+    vertical_count: Tensor,
+    runs: Tensor,
+    run_count: Tensor,
+    vertical_score: Tensor,
+    slash_score: Tensor,
+    v_size: Tensor,
+    s_size: Tensor,
+    segment_begin: int,
+    chunk_size: int,
+    local_size: int,
+    tile_tokens: int,
+    group: int = 1,
+    exact: bool = False,
+    fallback: bool = False,
+) -> None:
+    """The best columns and diagonals of each head, as the lists that `sparse_prefill` takes.
+
+    verticals: [q_heads, capacity], runs: [q_heads, 3, capacity, 2], counts: [q_heads, 3], all
+    int32; scores: [q_heads, segment_end] of `sparse_estimate`; v_size, s_size: [q_heads] int64.
+    """
+    _ops.sparse_plan(
+        verticals, vertical_count, runs, run_count, vertical_score, slash_score, v_size, s_size,
+        segment_begin, chunk_size, local_size, tile_tokens, group, exact, fallback,
+    )  # fmt: skip
+
+
+def sparse_prefill(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    logit_scale: Tensor,
+    rope_table: Tensor,
+    verticals: Tensor,
+    vertical_count: Tensor,
+    runs: Tensor,
+    run_count: Tensor,
+    scratch: Tensor | None,
+    q_begin: int,
+    segment_begin: int,
+    segment_end: int,
+    chunk_size: int,
+    local_size: int,
+    tile_tokens: int,
+    exact: bool = False,
+) -> None:
+    """`prefill_attention` of one segment's rows from q_begin on, over the keys of a plan.
+
+    q and out: [tokens, q_heads, D]; lse: [tokens, q_heads]; block_table: [1, pages]; logit_scale:
+    [1]; the lists are those of `sparse_plan`; scratch (GPU only): [2, q_heads, capacity, D].
+    """
+    _ops.sparse_prefill(
+        out, lse, q, k_cache, v_cache, block_table, logit_scale, rope_table, verticals,
+        vertical_count, runs, run_count, scratch, q_begin, segment_begin, segment_end, chunk_size,
+        local_size, tile_tokens, exact,
     )  # fmt: skip
