@@ -1,5 +1,5 @@
-// The Python module _host: C++ that is no tensor op. Build facts, and the Dual Chunk position rules
-// for plans and tests.
+// The Python module _host: C++ that is no tensor op. Build facts, and rules of positions and sparse
+// tiles for plans and tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/cpu_features.h"
+#include "common/sparse/public_tiles.h"
 #include "qwen1m/dual_chunk.h"
 
 namespace py = pybind11;
@@ -60,6 +61,14 @@ DualChunk make_dual_chunk(int64_t chunk_size, int64_t local_size) {
   return {.chunk_size = chunk_size, .local_size = local_size};
 }
 
+py::tuple describe_public_tile(const std::vector<int64_t>& diagonals, int64_t first_row,
+                               int64_t kv_len, int64_t shift, bool causal) {
+  const PublicTile tile = public_tile(diagonals, first_row, kv_len, shift, causal);
+  std::vector<std::pair<int64_t, int64_t>> ranges;
+  for (const KeyRange& range : tile.ranges) ranges.emplace_back(range.begin, range.end);
+  return py::make_tuple(ranges, tile.column_end);
+}
+
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Build facts and the Dual Chunk position rules (include/qwen1m/dual_chunk.h).";
   m.attr("PAGE_SIZE") = kPageSize;
@@ -67,6 +76,11 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info,
         "What this binary is, as a dict. cpu_isa is what the kernels use in this process; raises "
         "RuntimeError if QWEN1M_CPU_ISA asks for something that is not there.");
+
+  m.def("public_tile", &describe_public_tile, py::arg("diagonals"), py::arg("first_row"),
+        py::arg("kv_len"), py::arg("shift"), py::arg("causal"),
+        "What public implementations load for 64 rows: ([(begin, end)] of keys, the end of the "
+        "columns); csrc/common/sparse/public_tiles.h.");
 
   py::class_<DualChunk>(m, "DualChunk", "Positions in tokens; see include/qwen1m/dual_chunk.h.")
       .def(py::init(&make_dual_chunk), py::arg("chunk_size") = kInfiniteChunk,

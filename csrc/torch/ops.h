@@ -34,4 +34,23 @@ void decode_attention(const Tensor& out, const OptionalTensor& lse, const Tensor
                       const Tensor& kv_len, const Tensor& logit_scale, const Tensor& rope_table,
                       int64_t chunk_size, int64_t local_size);
 
+void sparse_estimate(const Tensor& vertical, const Tensor& slash, const Tensor& q,
+                     const Tensor& k_cache, const Tensor& block_table, const Tensor& logit_scale,
+                     const Tensor& rope_table, int64_t segment_end, int64_t chunk_size,
+                     int64_t local_size, bool critical);
+
+void sparse_plan(const Tensor& verticals, const Tensor& vertical_count, const Tensor& runs,
+                 const Tensor& run_count, const Tensor& vertical_score, const Tensor& slash_score,
+                 const Tensor& v_size, const Tensor& s_size, int64_t segment_begin,
+                 int64_t chunk_size, int64_t local_size, int64_t tile_tokens, int64_t group,
+                 bool exact, bool fallback);
+
+void sparse_prefill(const Tensor& out, const OptionalTensor& lse, const Tensor& q,
+                    const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
+                    const Tensor& logit_scale, const Tensor& rope_table, const Tensor& verticals,
+                    const Tensor& vertical_count, const Tensor& runs, const Tensor& run_count,
+                    const OptionalTensor& scratch, int64_t q_begin, int64_t segment_begin,
+                    int64_t segment_end, int64_t chunk_size, int64_t local_size,
+                    int64_t tile_tokens, bool exact);
+
 }  // namespace qwen1m::binding

@@ -53,6 +53,9 @@ STABLE_TORCH_LIBRARY_IMPL(qwen1m, CUDA, m) {
   Q1M_WITHOUT_CUDA(prefill_attention);
 #endif
   Q1M_WITHOUT_CUDA(decode_attention);
+  Q1M_WITHOUT_CUDA(sparse_estimate);
+  Q1M_WITHOUT_CUDA(sparse_plan);
+  Q1M_WITHOUT_CUDA(sparse_prefill);
 }
 
 }  // namespace

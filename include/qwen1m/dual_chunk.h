@@ -39,6 +39,15 @@ struct DualChunk {
     return std::min(chunk_len() - 1 + chunk_len(), chunk_size);
   }
 
+  /// Positions of the sparse selection (sparse_estimate.h) that change by one from key to key, also
+  /// where those above are clamped.
+  constexpr int64_t critical_successive_position(int64_t token) const {
+    return offset(token) + chunk_len();
+  }
+  constexpr int64_t critical_inter_position(int64_t token) const {
+    return offset(token) + chunk_size;
+  }
+
   /// First token of the chunk of `token`: intra keys are [intra_begin, token].
   constexpr int64_t intra_begin(int64_t token) const { return chunk(token) * chunk_len(); }
   /// First token of the chunk before it (0 in chunk 0): successive keys are

@@ -2,6 +2,7 @@
 
 #include "qwen1m/dual_chunk.h"
 #include "qwen1m/parallel_for.h"
+#include "qwen1m/sparse_plan.h"
 #include "qwen1m/stream.h"
 #include "qwen1m/tensor_view.h"
 

@@ -4,6 +4,9 @@ PAGE_SIZE: int
 INFINITE_CHUNK: int
 
 def build_info() -> dict[str, Any]: ...
+def public_tile(
+    diagonals: list[int], first_row: int, kv_len: int, shift: int, causal: bool
+) -> tuple[list[tuple[int, int]], int]: ...
 
 class DualChunk:
     def __init__(self, chunk_size: int = ..., local_size: int = 0) -> None: ...

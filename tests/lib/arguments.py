@@ -104,6 +104,79 @@ def _decode_attention() -> dict[str, Any]:
     )
 
 
+def _one_sequence() -> dict[str, Any]:
+    """130 tokens of D = 16 in 2 pages, chunks of 40: tokens 120 to 129 lie in chunk 3."""
+    return dict(
+        k_cache=tensor(2, 2, 1, PAGE_SIZE, 16),
+        v_cache=tensor(3, 2, 1, PAGE_SIZE, 16),
+        block_table=torch.tensor([[1, 0]], dtype=torch.int32),
+        logit_scale=torch.tensor([0.25]),
+        rope_table=rope_table(THETA, 16, 88).float(),
+    )
+
+
+_CHUNKS = dict(chunk_size=48, local_size=8)
+
+
+def _sparse_estimate() -> dict[str, Any]:
+    """The last 5 tokens, 2 query heads."""
+    shared = _one_sequence()
+    del shared["v_cache"]
+    return dict(
+        vertical=torch.zeros(2, 130),
+        slash=torch.zeros(2, 130),
+        q=tensor(1, 5, 2, 16),
+        **shared,
+        segment_end=130,
+        **_CHUNKS,
+        critical=True,
+    )
+
+
+def _sparse_plan() -> dict[str, Any]:
+    """The segment from token 120 to 129, tiles of 64, budgets of 5 and 6."""
+    return dict(
+        verticals=torch.zeros(2, 20, dtype=torch.int32),
+        vertical_count=torch.zeros(2, 3, dtype=torch.int32),
+        runs=torch.zeros(2, 3, 5, 2, dtype=torch.int32),
+        run_count=torch.zeros(2, 3, dtype=torch.int32),
+        vertical_score=tensor(4, 2, 130),
+        slash_score=tensor(5, 2, 130),
+        v_size=torch.tensor([5, 5]),
+        s_size=torch.tensor([6, 6]),
+        segment_begin=120,
+        **_CHUNKS,
+        tile_tokens=64,
+        group=1,
+        exact=False,
+        fallback=False,
+    )
+
+
+def _sparse_prefill() -> dict[str, Any]:
+    """Tokens 125 to 129 of the segment from token 120, two heads."""
+    runs = torch.full((2, 3, 2, 2), -7, dtype=torch.int32)
+    runs[:, 2, 0] = torch.tensor([0, 3])
+    runs[:, 0] = torch.tensor([[40, 60], [124, 125]])
+    return dict(
+        out=torch.zeros(5, 2, 16),
+        lse=torch.zeros(5, 2),
+        q=tensor(1, 5, 2, 16),
+        **_one_sequence(),
+        verticals=torch.tensor([[2, 50, 121], [7, 79, 120]], dtype=torch.int32),
+        vertical_count=torch.tensor([[2, 0, 1], [2, 0, 1]], dtype=torch.int32),
+        runs=runs,
+        run_count=torch.tensor([[2, 0, 1], [2, 0, 1]], dtype=torch.int32),
+        scratch=None,
+        q_begin=125,
+        segment_begin=120,
+        segment_end=130,
+        **_CHUNKS,
+        tile_tokens=64,
+        exact=False,
+    )
+
+
 _ALL = {
     "embedding": _embedding,
     "rms_norm": _rms_norm,
@@ -111,6 +184,9 @@ _ALL = {
     "qkv_rope_append": _qkv_rope_append,
     "prefill_attention": _prefill_attention,
     "decode_attention": _decode_attention,
+    "sparse_estimate": _sparse_estimate,
+    "sparse_plan": _sparse_plan,
+    "sparse_prefill": _sparse_prefill,
 }
 
 

@@ -108,6 +108,16 @@ def spread(index: Tensor) -> Tensor:
     return torch.stack((index, torch.full_like(index, -7)), dim=-1)[..., 0]
 
 
+def arithmetic_of(dtype: str, device: str) -> str:
+    """The arithmetic that attention has used, as the budgets name it.
+
+    Where the hardware multiplies bf16 pairs, the rotated query and the probabilities are rounded
+    to bf16, and the error of a logit grows with the logits.
+    """
+    rounds = device != "cpu" or build_info()["cpu_isa"] in BF16_PRODUCT_ISAS
+    return "bf16_products" if dtype == "bf16" and rounds else dtype
+
+
 def assert_attention(
     actual: tuple[Tensor, Tensor],
     expected: tuple[Tensor, Tensor],
@@ -115,15 +125,9 @@ def assert_attention(
     logit_factor: float = 1.0,
     device: str = "cpu",
 ) -> None:
-    """Compare (out, lse) with float64 ones, within the budget of the arithmetic that was used.
-
-    Where the hardware multiplies bf16 pairs, the rotated query and the probabilities are rounded
-    to bf16, and the error of a logit grows with the logits.
-    """
-    if dtype == "bf16" and (device != "cpu" or build_info()["cpu_isa"] in BF16_PRODUCT_ISAS):
-        arithmetic, factor = "bf16_products", max(1.0, logit_factor)
-    else:
-        arithmetic, factor = dtype, 1.0
+    """Compare (out, lse) with float64 ones, within the budget of the arithmetic that was used."""
+    arithmetic = arithmetic_of(dtype, device)
+    factor = max(1.0, logit_factor) if arithmetic == "bf16_products" else 1.0
     assert_close(actual[0], expected[0], f"attention/{arithmetic}", "out", factor)
     assert_close(actual[1], expected[1], f"lse/{arithmetic}", "lse", factor)
 

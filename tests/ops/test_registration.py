@@ -14,6 +14,7 @@ OPTIONAL = {
     "qkv_rope_append": "bias",
     "prefill_attention": "lse",
     "decode_attention": "lse",
+    "sparse_prefill": "lse",
 }
 
 

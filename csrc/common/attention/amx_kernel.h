@@ -12,6 +12,7 @@
 
 #include "common/attention/amx_tiles.h"
 #include "common/attention/block_kernel.h"
+#include "common/attention/estimate_kernel.h"
 #include "common/attention/page_softmax.h"
 #include "common/attention/simd.h"
 
@@ -48,7 +49,7 @@ struct AmxKernel {
     const int first = lo / kKeyStep * kKeyStep;
     const int last = (hi + kKeyStep - 1) / kKeyStep * kKeyStep;
     const auto* rows = static_cast<const uint16_t*>(v);
-    for (int64_t d = 0; d < head_dim; d += 16) {
+    for (int64_t d = 0; d < head_dim && v != nullptr; d += 16) {
       // Rows outside [lo, hi) meet probabilities of 0, but may hold NaN.
       const auto row = [&](int key) {
         return key >= lo && key < hi ? rows + key * head_dim + d : kZeros;
@@ -121,14 +122,13 @@ struct AmxKernel {
     }
   }
 
-  static void attend(const LaneBlock& block, const PageTile& page, int64_t head_dim,
-                     float log2_scale, float* scores) {
+  /// scores[key][lane] of the keys returned, not masked; nothing if there are none.
+  static LaneBlock::Keys score(const LaneBlock& block, const PageTile& page, int64_t head_dim,
+                               float* scores) {
     const LaneBlock::Keys keys = block.keys(page, kKeyStep);
-    if (keys.hi <= page.lo) return;
-    const int first = keys.first, last = keys.last;
-
+    if (keys.hi <= page.lo) return keys;
     const int64_t k_row_bytes = page.k_row_words * 4;
-    for (int key = first; key < last; key += 16) {
+    for (int key = keys.first; key < keys.last; key += 16) {
       Tiles::template zero<0>();
       Tiles::template zero<1>();
       Tiles::template zero<2>();
@@ -139,6 +139,14 @@ struct AmxKernel {
       }
       store_lanes(scores + int64_t{key} * kLanes);
     }
+    return keys;
+  }
+
+  static void attend(const LaneBlock& block, const PageTile& page, int64_t head_dim,
+                     float log2_scale, float* scores) {
+    const LaneBlock::Keys keys = score(block, page, head_dim, scores);
+    if (keys.hi <= page.lo) return;
+    const int first = keys.first, last = keys.last;
 
     alignas(64) float rescale[kLanes];
     for (int lane = 0; lane < kLanes; lane += N) {
@@ -207,6 +215,8 @@ struct AmxKernel {
             .pack_queries = pack_queries,
             .pack_page = pack_page,
             .attend = attend,
+            .sum = EstimateKernel<AmxKernel, N>::sum,
+            .spread = EstimateKernel<AmxKernel, N>::spread,
             .begin = Tiles::configure,
             .end = Tiles::restore};
   }

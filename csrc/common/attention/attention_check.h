@@ -1,5 +1,5 @@
 #pragma once
-/// Argument checks that prefill_attention and decode_attention share.
+/// Argument checks that the attention ops share.
 
 #include <string_view>
 
@@ -7,6 +7,8 @@
 #include "common/check.h"
 #include "qwen1m/decode_attention.h"
 #include "qwen1m/prefill_attention.h"
+#include "qwen1m/sparse_estimate.h"
+#include "qwen1m/sparse_prefill.h"
 
 namespace qwen1m {
 
@@ -15,11 +17,17 @@ namespace qwen1m {
 /// each of them becomes an address.
 void check_attention(const PrefillAttentionParams&);
 void check_attention(const DecodeAttentionParams&);
+void check_attention(const SparseEstimateParams&);
+void check_attention(const SparsePrefillParams&);
 
 /// The part that reads no tensor: for arguments whose data lie on a GPU. Their values (lengths,
 /// page numbers, scales) are the caller's responsibility there, because reading them would stop the
 /// stream.
 void check_attention_layout(const PrefillAttentionParams&);
+void check_attention_layout(const SparseEstimateParams&);
+void check_attention_layout(const SparsePrefillParams&);
+
+void check_dual_chunk(const ArgCheck&, const DualChunk&);
 
 /// What the tiles of a call have in common. The arguments have been checked.
 template <typename Params>

@@ -30,10 +30,14 @@ BlockKernels decode_kernels(CpuIsa isa, DType dtype) {
   return kernels;
 }
 
+bool may_take_several_blocks(const BlockKernel& kernel) { return kernel.lanes >= 32; }
+
 const BlockKernel& choose_lanes(BlockKernels kernels, int64_t rows) {
+  const auto lanes = [&](const BlockKernel& k) { return (rows + k.lanes - 1) / k.lanes * k.lanes; };
   const BlockKernel* best = kernels.begin();
   for (const BlockKernel& kernel : kernels) {
-    if (kernel.lanes >= rows && kernel.lanes < best->lanes) best = &kernel;
+    if (kernel.lanes < rows && !may_take_several_blocks(kernel)) continue;
+    if (lanes(kernel) < lanes(*best)) best = &kernel;
   }
   return *best;
 }

@@ -83,8 +83,9 @@ struct BlockKernel {
   /// Rows `rows[0 .. count)` of D floats become lanes 0 .. count-1 of `q`, the rest zero.
   void (*pack_queries)(const float* rows, int count, int64_t head_dim, float* q);
 
-  /// Readies the keys [lo, hi) of a page, k and v being its [128, D]. Reads rows [lo, hi) of v; of
-  /// k also rows beside them, whose content does not matter.
+  /// Readies the keys [lo, hi) of a page, k and v being its [128, D]. Reads rows [lo, hi) of v,
+  /// which may be null where only `sum` and `spread` follow; of k also rows beside them, whose
+  /// content does not matter.
   PageTile (*pack_page)(const void* k, const void* v, int64_t head_dim, int lo, int hi,
                         float* k_pack, float* v_pack);
 
@@ -92,6 +93,15 @@ struct BlockKernel {
   /// products <q, k> into log2 units.
   void (*attend)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale,
                  float* scores);
+
+  /// The sparse estimate (sparse_estimate.h), in two walks; null in decode kernels. `sum`: the part
+  /// of a step that updates m and l. `spread`: with m and 1 / l of all keys in the block's m and l,
+  /// adds the probabilities of each key to column[key], and those of offset i - j to
+  /// slash[i - j - (first_token - page.begin - 127)]. `scores` is scratch of
+  /// 128 * (2 * lanes + 32) floats for both, all zero at first.
+  void (*sum)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale, float* scores);
+  void (*spread)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale,
+                 float* scores, float* column, float* slash);
 
   /// Around the calls of one thread, where the processor has state to set up; else null.
   void (*begin)(void* saved);
@@ -128,7 +138,11 @@ BlockKernels avx512_bf16_decode_kernels(DType);
 BlockKernels prefill_kernels(CpuIsa isa, DType dtype);
 BlockKernels decode_kernels(CpuIsa isa, DType dtype);
 
-/// The narrowest kernel of the set that holds `rows` rows in one block, else the widest.
+/// Whether rows may be spread over several blocks of this kernel. Narrow ones are slower per lane.
+bool may_take_several_blocks(const BlockKernel&);
+
+/// The kernel of the set that leaves the fewest lanes empty, the widest of those; a narrow one only
+/// if it holds all rows in one block.
 const BlockKernel& choose_lanes(BlockKernels, int64_t rows);
 
 }  // namespace qwen1m

@@ -23,6 +23,7 @@ struct MultiplyPairs {
 // Tile shapes: as in block_kernel_avx512.cpp.
 constexpr BlockKernel kKernels[] = {
     VectorKernel<bf16, MultiplyPairs<16>, 16, 3, 8>::describe(CpuIsa::kAvx512Bf16),
+    VectorKernel<bf16, MultiplyPairs<16>, 16, 2, 8>::describe(CpuIsa::kAvx512Bf16),
     VectorKernel<bf16, MultiplyPairs<16>, 16, 1, 16>::describe(CpuIsa::kAvx512Bf16),
     VectorKernel<bf16, MultiplyPairs<8>, 8, 1, 16>::describe(CpuIsa::kAvx512Bf16),
 };
@@ -34,7 +35,7 @@ constexpr BlockKernel kDecodeKernels[] = {
 }  // namespace
 
 BlockKernels avx512_bf16_kernels(DType dtype) {
-  if (dtype == DType::kBFloat16) return {kKernels, 3};
+  if (dtype == DType::kBFloat16) return {kKernels, 4};
   return {};
 }
 

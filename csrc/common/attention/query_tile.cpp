@@ -11,12 +11,14 @@ constexpr int64_t kAlignFloats = 16;  // a cache line
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-int64_t query_position(const DualChunk& chunks, Stage stage, int64_t token) {
+int64_t query_position(const AttentionContext& context, Stage stage, int64_t token) {
+  const DualChunk& chunks = context.dual_chunk;
   switch (stage) {
     case Stage::kInter:
-      return chunks.inter_position();
+      return context.critical ? chunks.critical_inter_position(token) : chunks.inter_position();
     case Stage::kSuccessive:
-      return chunks.successive_position(token);
+      return context.critical ? chunks.critical_successive_position(token)
+                              : chunks.successive_position(token);
     case Stage::kIntra:
       break;
   }
@@ -40,9 +42,16 @@ void TileWalker::Free::operator()(float* p) const { ::operator delete[](p, std::
 
 TileWalker::TileWalker(BlockKernels kernels, const AttentionContext& context, int64_t max_rows)
     : kernels_(kernels), context_(context) {
-  const BlockKernel& kernel = *kernels.begin();  // the widest: a narrower one needs one block only
+  // The widest needs the largest buffers, but a narrower one may need more of them.
+  const BlockKernel& kernel = *kernels.begin();
   const int64_t dim = context.head_dim, lanes = kernel.lanes;
-  blocks_.resize(static_cast<size_t>((max_rows + lanes - 1) / lanes));
+  size_t num_blocks = 0;
+  for (const BlockKernel& k : kernels) {
+    if (num_blocks == 0 || may_take_several_blocks(k)) {
+      num_blocks = static_cast<size_t>((max_rows + k.lanes - 1) / k.lanes);
+    }
+  }
+  blocks_.resize(num_blocks);
 
   // One allocation; every piece starts on a cache line.
   const auto lay_out = [&](float* base) {
@@ -70,7 +79,8 @@ TileWalker::TileWalker(BlockKernels kernels, const AttentionContext& context, in
   lay_out(memory_.get());
 }
 
-void TileWalker::start(const QueryTile& tile) {
+void TileWalker::begin(const QueryTile& tile) {
+  tile_ = tile;
   const int64_t group = context_.group;
   num_rows_ = tile.num_tokens * group;
   kernel_ = &choose_lanes(kernels_, num_rows_);
@@ -91,6 +101,11 @@ void TileWalker::start(const QueryTile& tile) {
     std::fill_n(b.m, lanes, -std::numeric_limits<float>::infinity());
     std::fill_n(b.l, lanes, 0.0f);
   }
+  if (kernel_->begin != nullptr) kernel_->begin(saved_);
+}
+
+void TileWalker::end() {
+  if (kernel_->end != nullptr) kernel_->end(saved_);
 }
 
 void TileWalker::rotate_queries(const QueryTile& tile, Stage stage) {
@@ -104,8 +119,8 @@ void TileWalker::rotate_queries(const QueryTile& tile, Stage stage) {
       const int64_t token = (first_row + lane) / group, head = (first_row + lane) % group;
       const int64_t offset =
           tile.q_offset + token * context_.q_token_stride + head * context_.q_head_stride;
-      const float* cos_sin = context_.rope_table.at(
-          query_position(context_.dual_chunk, stage, tile.first_token + token));
+      const float* cos_sin =
+          context_.rope_table.at(query_position(context_, stage, tile.first_token + token));
       float* out = rotated_ + lane * dim;
       if (context_.dtype == DType::kFloat32) {
         rotate(static_cast<const float*>(context_.q) + offset, cos_sin, dim / 2, out);
@@ -117,56 +132,71 @@ void TileWalker::rotate_queries(const QueryTile& tile, Stage stage) {
   }
 }
 
-const char* TileWalker::page_rows(const void* cache, const QueryTile& tile, int64_t page) const {
-  const int64_t physical = *context_.block_table.at(tile.batch, page);
+const char* TileWalker::page_rows(const void* cache, int64_t page) const {
+  const int64_t physical = *context_.block_table.at(tile_.batch, page);
   const int64_t elems =
-      (physical * context_.kv_heads + tile.kv_head) * kPageSize * context_.head_dim;
+      (physical * context_.kv_heads + tile_.kv_head) * kPageSize * context_.head_dim;
   return static_cast<const char*>(cache) + elems * element_size(context_.dtype);
 }
 
-void TileWalker::visit_page(const QueryTile& tile, int64_t page, int64_t key_begin,
-                            int64_t key_end) {
-  const int64_t begin = page * kPageSize, dim = context_.head_dim;
-  const auto lo = static_cast<int>(std::max(key_begin - begin, int64_t{0}));
-  const auto hi = static_cast<int>(std::min(key_end - begin, kPageSize));
-  const char* k = page_rows(context_.k_cache, tile, page);
-  const char* v = page_rows(context_.v_cache, tile, page);
-  PageTile page_tile = kernel_->pack_page(k, v, dim, lo, hi, k_pack_, v_pack_);
-  page_tile.begin = begin;
-  page_tile.page_bytes = kPageSize * dim * element_size(context_.dtype);
-  if (begin + kPageSize < fetch_end_) {
-    page_tile.next_k = page_rows(context_.k_cache, tile, page + 1);
-    page_tile.next_v = page_rows(context_.v_cache, tile, page + 1);
+void TileWalker::attend(PageTile page) {
+  const float log2_scale = tile_.logit_scale * kLog2E;
+  for (LaneBlock& b : blocks()) {
+    kernel_->attend(b, page, context_.head_dim, log2_scale, scores_);
+    page.next_k = page.next_v = nullptr;  // once is enough
+    page.page_bytes = 0;
   }
-  const float log2_scale = tile.logit_scale * kLog2E;
-  for (int64_t i = 0; i < num_blocks_; ++i) {
-    kernel_->attend(block(i), page_tile, dim, log2_scale, scores_);
-    page_tile.next_k = page_tile.next_v = nullptr;  // once is enough
-    page_tile.page_bytes = 0;
+}
+
+void TileWalker::visit(const PageKeys& keys) {
+  const int64_t dim = context_.head_dim;
+  PageTile page = kernel_->pack_page(page_rows(context_.k_cache, keys.page),
+                                     page_rows(context_.v_cache, keys.page), dim, keys.lo, keys.hi,
+                                     k_pack_, v_pack_);
+  page.begin = keys.page * kPageSize;
+  page.page_bytes = kPageSize * dim * element_size(context_.dtype);
+  if (keys.next_page >= 0) {
+    page.next_k = page_rows(context_.k_cache, keys.next_page);
+    page.next_v = page_rows(context_.v_cache, keys.next_page);
   }
+  attend(page);
+}
+
+void TileWalker::visit_gathered(const void* k, const void* v, int count) {
+  PageTile page = kernel_->pack_page(k, v, context_.head_dim, 0, count, k_pack_, v_pack_);
+  page.begin = tile_.first_token - kPageSize;  // every row sees every key
+  attend(page);
+}
+
+PageTile TileWalker::pack_keys(const PageKeys& keys) {
+  PageTile page = kernel_->pack_page(page_rows(context_.k_cache, keys.page), nullptr,
+                                     context_.head_dim, keys.lo, keys.hi, k_pack_, v_pack_);
+  page.begin = keys.page * kPageSize;
+  return page;
 }
 
 void TileWalker::walk(const QueryTile& tile, int64_t key_begin, int64_t key_end,
                       int64_t fetch_end) {
   const DualChunk& chunks = context_.dual_chunk;
-  fetch_end_ = std::min(fetch_end, tile.last_token() + 1);
-  start(tile);
-  alignas(64) std::byte saved[kSavedStateBytes];
-  if (kernel_->begin != nullptr) kernel_->begin(saved);
-
+  fetch_end = std::min(fetch_end, tile.last_token() + 1);
+  begin(tile);
   const int64_t intra = chunks.intra_begin(tile.first_token);
   const int64_t successive = chunks.successive_begin(tile.first_token);
   const int64_t borders[] = {0, successive, intra, tile.last_token() + 1};
   for (int stage = 0; stage < 3; ++stage) {
-    const int64_t begin = std::max(borders[stage], key_begin);
-    const int64_t end = std::min(borders[stage + 1], key_end);
-    if (begin >= end) continue;
-    rotate_queries(tile, static_cast<Stage>(stage));
-    for (int64_t page = begin / kPageSize; page * kPageSize < end; ++page) {
-      visit_page(tile, page, begin, end);
+    const int64_t first = std::max(borders[stage], key_begin);
+    const int64_t last = std::min(borders[stage + 1], key_end);
+    if (first >= last) continue;
+    enter(static_cast<Stage>(stage));
+    for (int64_t page = first / kPageSize; page * kPageSize < last; ++page) {
+      const int64_t page_begin = page * kPageSize, page_end = page_begin + kPageSize;
+      visit({.page = page,
+             .lo = static_cast<int>(std::max(first - page_begin, int64_t{0})),
+             .hi = static_cast<int>(std::min(last - page_begin, kPageSize)),
+             .next_page = page_end < fetch_end ? page + 1 : -1});
     }
   }
-  if (kernel_->end != nullptr) kernel_->end(saved);
+  end();
 }
 
 AttentionRow TileWalker::row(int64_t index) const {

@@ -1,13 +1,14 @@
 #pragma once
 /// A query tile: rows of one KV head's query heads and of neighbouring tokens inside one DCA chunk,
-/// and the walk of such a tile over a range of keys. Prefill walks all keys of the tile; decode
-/// walks pieces and merges them.
+/// and the walk of such a tile over its keys. Prefill walks all keys of the tile; decode walks
+/// pieces and merges them; sparse prefill chooses its keys itself, step by step.
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <memory>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -32,6 +33,7 @@ struct AttentionContext {
   TensorView<const int32_t, 2> block_table;  // [batch, max_pages]
   TensorView<const float, 3> rope_table;     // [rows, D/2, 2]
   DualChunk dual_chunk;
+  bool critical = false;  // queries take the positions of the sparse selection (dual_chunk.h)
 };
 
 struct QueryTile {
@@ -74,7 +76,14 @@ struct AttentionRow {
   }
 };
 
-/// Scratch of one worker and the state of the tile it is at. Sized once; `walk` does not allocate.
+/// Keys of one stage in one KV head of the cache: [lo, hi) of a page.
+struct PageKeys {
+  int64_t page = 0;
+  int lo = 0, hi = kPageSize;
+  int64_t next_page = -1;  // a hint: the page to come, -1 if unknown
+};
+
+/// Scratch of one worker and the state of the tile it is at. Sized once; a walk does not allocate.
 class TileWalker {
  public:
   TileWalker(BlockKernels, const AttentionContext&, int64_t max_rows);
@@ -84,16 +93,30 @@ class TileWalker {
   /// walker goes on with the same tile up to key fetch_end.
   void walk(const QueryTile& tile, int64_t key_begin, int64_t key_end, int64_t fetch_end);
 
+  /// The same walk in steps, for a caller that chooses the keys: begin, then for each stage enter
+  /// and visits, then end. Nothing else runs on this thread between begin and end.
+  void begin(const QueryTile&);
+  void enter(Stage stage) { rotate_queries(tile_, stage); }
+  void visit(const PageKeys&);
+  /// Keys before the tile's first token, wherever they lie: rows [0, count) of k and v, [128, D].
+  void visit_gathered(const void* k, const void* v, int count);
+  void end();
+
   /// The state of row (token - first_token) * group + head of the tile that was walked last.
   AttentionRow row(int64_t index) const;
 
+  /// What a step is made of, for steps of another kind. Values are not packed.
+  const BlockKernel& kernel() const { return *kernel_; }
+  std::span<LaneBlock> blocks() { return {blocks_.data(), static_cast<size_t>(num_blocks_)}; }
+  PageTile pack_keys(const PageKeys&);
+
+  /// [128, D] of the tile's KV head.
+  const char* page_rows(const void* cache, int64_t page) const;
+
  private:
-  void start(const QueryTile&);
   /// The queries of the stage go to the blocks; those that are there already stay.
   void rotate_queries(const QueryTile&, Stage);
-  /// [128, D] of the tile's KV head.
-  const char* page_rows(const void* cache, const QueryTile&, int64_t page) const;
-  void visit_page(const QueryTile&, int64_t page, int64_t key_begin, int64_t key_end);
+  void attend(PageTile);
   LaneBlock& block(int64_t index) { return blocks_[static_cast<size_t>(index)]; }
 
   struct Free {
@@ -105,9 +128,11 @@ class TileWalker {
   const AttentionContext& context_;
   std::unique_ptr<float[], Free> memory_;
   std::vector<LaneBlock> blocks_;
+  QueryTile tile_;                                          // at hand
   std::optional<std::pair<QueryTile, Stage>> rotated_for_;  // whose queries the blocks hold
-  int64_t num_rows_ = 0, num_blocks_ = 0, fetch_end_ = 0;   // of the walk at hand
+  int64_t num_rows_ = 0, num_blocks_ = 0;                   // of the tile at hand
   float *rotated_, *k_pack_, *v_pack_, *scores_;
+  alignas(64) std::byte saved_[kSavedStateBytes];
 };
 
 }  // namespace qwen1m

@@ -349,6 +349,8 @@ struct RowKernel {
             .pack_queries = pack_queries,
             .pack_page = pack_page,
             .attend = attend,
+            .sum = nullptr,
+            .spread = nullptr,
             .begin = nullptr,
             .end = nullptr};
   }

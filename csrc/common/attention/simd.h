@@ -83,6 +83,17 @@ struct Simd {
     return a > b ? a : b;
   }
 
+  /// The sum of the lanes.
+  static Q1M_SIMD float sum(F x) {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) return _mm512_reduce_add_ps((__m512)x);
+#endif
+    float lanes[N], total = 0;
+    memcpy(lanes, &x, sizeof lanes);
+    for (const float lane : lanes) total += lane;
+    return total;
+  }
+
   /// 2^x for x <= 0: relative error 9e-8 (Degree 5) or 1.0e-4 (Degree 3, for results that become
   /// bf16, whose own rounding is 2e-3). 2^0 is exactly 1; x <= -127 gives exactly 0; NaN stays NaN.
   ///

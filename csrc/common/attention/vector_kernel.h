@@ -4,6 +4,7 @@
 /// words come from R keys, for O^T from R output dimensions of the packed values.
 
 #include "common/attention/block_kernel.h"
+#include "common/attention/estimate_kernel.h"
 #include "common/attention/page_softmax.h"
 #include "common/attention/simd.h"
 
@@ -90,7 +91,7 @@ struct VectorKernel {
   static PageTile pack_page(const void* k, const void* v, int64_t head_dim, int lo, int hi,
                             float* k_pack, float* v_pack) {
     const int first = lo / R * R, last = (hi + R - 1) / R * R;
-    pack_values(static_cast<const T*>(v), head_dim, lo, hi, v_pack);
+    if (v != nullptr) pack_values(static_cast<const T*>(v), head_dim, lo, hi, v_pack);
     PageTile page{.k = k, .v = v_pack, .k_row_words = head_dim / kElemsPerWord, .lo = lo, .hi = hi};
     if constexpr (kConvertsKeys) {
       for (int64_t i = first * head_dim; i < last * head_dim; i += N) {
@@ -101,21 +102,30 @@ struct VectorKernel {
     return page;
   }
 
-  static void attend(const LaneBlock& block, const PageTile& page, int64_t head_dim,
-                     float log2_scale, float* scores) {
+  /// scores[key][lane] of the keys returned, not masked; nothing if there are none.
+  static Q1M_SIMD LaneBlock::Keys score(const LaneBlock& block, const PageTile& page,
+                                        int64_t head_dim, float* scores) {
     const LaneBlock::Keys keys = block.keys(page, R);
-    if (keys.hi <= page.lo) return;
-    const int first = keys.first, last = keys.last;
-
-    Prefetch next_keys(page.next_k, page.page_bytes), next_values(page.next_v, page.page_bytes);
+    if (keys.hi <= page.lo) return keys;
+    Prefetch next_keys(page.next_k, page.page_bytes);
     F tile[R][J];
-    for (int key = first; key < last; key += R) {
-      next_keys.next_bytes(page.page_bytes * R / (last - first));
+    for (int key = keys.first; key < keys.last; key += R) {
+      next_keys.next_bytes(page.page_bytes * R / (keys.last - keys.first));
       multiply_tile<Mac, N, R, J>(static_cast<const char*>(page.k) + key * page.k_row_words * 4,
                                   page.k_row_words, 1, block.q, kLanes, head_dim / kElemsPerWord,
                                   tile);
       store_tile(tile, scores + int64_t{key} * kLanes);
     }
+    return keys;
+  }
+
+  static void attend(const LaneBlock& block, const PageTile& page, int64_t head_dim,
+                     float log2_scale, float* scores) {
+    const LaneBlock::Keys keys = score(block, page, head_dim, scores);
+    if (keys.hi <= page.lo) return;
+    const int first = keys.first, last = keys.last;
+    Prefetch next_values(page.next_v, page.page_bytes);
+    F tile[R][J];
 
     alignas(64) float rescale[kLanes];
     for (int lane = 0; lane < kLanes; lane += N) {
@@ -169,6 +179,8 @@ struct VectorKernel {
             .pack_queries = pack_queries,
             .pack_page = pack_page,
             .attend = attend,
+            .sum = EstimateKernel<VectorKernel, N>::sum,
+            .spread = EstimateKernel<VectorKernel, N>::spread,
             .begin = nullptr,
             .end = nullptr};
   }
