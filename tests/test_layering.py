@@ -129,18 +129,31 @@ RANKS = [
     {"ops"},
     {"config"},
     {"weights", "tokenizer", "request"},
-    {"kv_cache", "output", "sampler"},
-    {"attention", "sparsity"},
-    {"model"},
-    {"prefill", "decode", "speculative", "offload"},
-    {"scheduler", "plan", "sessions", "terminal"},
-    {"engine", "estimate"},
+    {"kv_cache", "output", "sampler", "events", "cost_model"},
+    {"attention", "sparsity", "sessions", "handle", "prefix_cache", "terminal"},
+    {"model", "sequence"},
+    {"scoring", "residency", "runner", "output_processor", "speculative", "offload", "plan"},
+    {"scheduler", "estimate"},
+    {"core"},
+    {"engine"},
     {"llm"},
     {"server", "doctor", "demo", "chat", "planner"},
     {"cli"},
 ]
 # Modules that launch no kernel: of ops they may have constants (PAGE_SIZE) only.
-WITHOUT_KERNELS = {"kv_cache", "scheduler", "plan", "request", "config", "server", "cli"}
+WITHOUT_KERNELS = {
+    "kv_cache",
+    "prefix_cache",
+    "sequence",
+    "residency",
+    "scheduler",
+    "core",
+    "plan",
+    "request",
+    "config",
+    "server",
+    "cli",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .config import DualChunkConfig, ModelConfig
-from .kv_cache import KVCache, SequenceCache
+from .kv_cache import KVCache, SequenceCache, pages_for
 
 
 def build_rope_table(theta: float, head_dim: int, rows: int) -> Tensor:
@@ -54,104 +55,114 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class TokenSpan:
-    """Consecutive new tokens of one sequence, on their way through the model."""
+class Segment:
+    """Consecutive new tokens [begin, end) of one sequence, computed under one temperature s."""
 
-    rotary: Rotary
-    cache: KVCache
-    positions: Tensor  # [tokens] int64
-    slots: Tensor  # [tokens] int64
-    block_table: Tensor  # [1, max_pages] int32
-    logit_scale: Tensor  # [1] float32
+    sequence: SequenceCache
+    begin: int
+    end: int
+    temperature: float
 
-    @staticmethod
-    def append(
-        rotary: Rotary, cache: KVCache, sequence: SequenceCache, count: int, temperature: float
-    ) -> TokenSpan:
-        """Make room for the next `count` tokens of a sequence, to be computed under s."""
-        begin = sequence.length
-        slots = sequence.append(count)
-        return TokenSpan(
-            rotary,
-            cache,
-            torch.arange(begin, begin + count),
-            slots,
-            sequence.block_table,
-            torch.tensor([rotary.logit_scale(temperature)], dtype=torch.float32),
-        )
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of the attention ops for some rows: lone leading rows, then runs of rows."""
+
+    lone: int  # leading rows that stand alone in their sequence
+    cu_q: Tensor  # [runs + 1] int64, of the rows after the lone ones
+    block_table: Tensor  # [lone + runs, pages] int32
+    kv_len: Tensor  # [lone + runs] int64
+    logit_scale: Tensor  # [lone + runs] float32
+
+
+class Batch:
+    """Segments on their way through the model together, their rows one after the other.
+
+    Put segments of one token first: they share one call of the op for few rows. Two segments may
+    belong to one sequence, in order: keys and values of all rows are written before any is read.
+    """
+
+    def __init__(self, rotary: Rotary, cache: KVCache, segments: Sequence[Segment]) -> None:
+        """The sequences have room for their tokens already."""
+        self._rotary, self._cache, self._segments = rotary, cache, segments
+        self._first = [0]  # row of each segment, and their number
+        for s in segments:
+            self._first.append(self._first[-1] + s.end - s.begin)
+        self.positions = torch.cat([torch.arange(s.begin, s.end) for s in segments])
+        self._slots = torch.cat([s.sequence.slots(s.begin, s.end) for s in segments])
+        self._every_row = self._call([(i, s.begin, s.end) for i, s in enumerate(segments)])
+        self._some_rows: tuple[Tensor, _Call] | None = None
 
     def __len__(self) -> int:
-        """Number of tokens."""
-        return self.positions.numel()
+        """Number of rows."""
+        return self._first[-1]
 
     def append_kv(self, layer: int, q: Tensor, qkv: Tensor, bias: Tensor, rows: slice) -> None:
         """Bias, rotation and cache write for some rows; q: [rows, q_heads, D] is written."""
         ops.qkv_rope_append(
             q,
-            self.cache.k[layer],
-            self.cache.v[layer],
+            self._cache.k[layer],
+            self._cache.v[layer],
             qkv,
             bias,
             self.positions[rows],
-            self.slots[rows],
-            self.rotary.table,
-            self.rotary.dual_chunk.chunk_len,
+            self._slots[rows],
+            self._rotary.table,
+            self._rotary.dual_chunk.chunk_len,
         )
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
-        """Attention of all rows; q and out: [tokens, q_heads, D]."""
-        end = self.positions[-1:] + 1
-        if len(self) == 1:
-            self._decode(layer, q, out, end)
-        else:
-            cu_q = torch.tensor([0, len(self)])
-            self._prefill(layer, q, out, cu_q, end)
+        """Attention of all rows; q and out: [rows, q_heads, D]."""
+        self._run(self._every_row, layer, q, out)
 
     def attend_rows(self, layer: int, q: Tensor, out: Tensor, rows: Tensor) -> None:
-        """Attention of chosen rows, ascending; q and out: [len(rows), q_heads, D].
+        """Attention of chosen rows, ascending; q and out: [len(rows), q_heads, D]."""
+        if self._some_rows is None or self._some_rows[0] is not rows:
+            self._some_rows = rows, self._call(self._runs(rows.tolist()))
+        self._run(self._some_rows[1], layer, q, out)
 
-        Each run of neighbouring rows is a sequence of its own over the same pages.
-        """
-        starts = torch.ones(len(rows), dtype=torch.bool)
-        starts[1:] = rows[1:] != rows[:-1] + 1
-        first = starts.nonzero()[:, 0]
-        cu_q = torch.cat([first, torch.tensor([len(rows)])])
-        ends = self.positions[rows[cu_q[1:] - 1]] + 1
-        if len(rows) == 1:
-            self._decode(layer, q, out, ends)
-        else:
-            self._prefill(layer, q, out, cu_q, ends)
+    def _runs(self, rows: list[int]) -> list[tuple[int, int, int]]:
+        """(segment, begin, end) of neighbouring rows: each run is a sequence of its own."""
+        runs: list[tuple[int, int, int]] = []
+        segment = 0
+        for row in rows:
+            while row >= self._first[segment + 1]:
+                segment += 1
+            position = self._segments[segment].begin + row - self._first[segment]
+            if runs and runs[-1][0] == segment and runs[-1][2] == position:
+                runs[-1] = segment, runs[-1][1], position + 1
+            else:
+                runs.append((segment, position, position + 1))
+        return runs
 
-    def _prefill(self, layer: int, q: Tensor, out: Tensor, cu_q: Tensor, kv_len: Tensor) -> None:
-        batch = kv_len.numel()
-        dca = self.rotary.dual_chunk
-        ops.prefill_attention(
-            out,
-            None,
-            q,
-            self.cache.k[layer],
-            self.cache.v[layer],
-            self.block_table.expand(batch, -1),
-            cu_q,
+    def _call(self, runs: list[tuple[int, int, int]]) -> _Call:
+        lone = 0
+        while lone < len(runs) and runs[lone][2] - runs[lone][1] == 1:
+            lone += 1
+        lengths = [0] + [end - begin for _, begin, end in runs[lone:]]
+        kv_len = torch.tensor([end for _, _, end in runs], dtype=torch.int64)
+        pages = pages_for(max((end for _, _, end in runs), default=0))
+        table_rows = torch.tensor([self._segments[i].sequence.row for i, _, _ in runs])
+        scales = [self._rotary.logit_scale(self._segments[i].temperature) for i, _, _ in runs]
+        return _Call(
+            lone,
+            torch.tensor(lengths).cumsum(0),
+            self._cache.block_table[:, :pages].index_select(0, table_rows.long()),
             kv_len,
-            self.logit_scale.expand(batch).contiguous(),
-            self.rotary.table,
-            dca.chunk_size,
-            dca.local_size,
+            torch.tensor(scales, dtype=torch.float32),
         )
 
-    def _decode(self, layer: int, q: Tensor, out: Tensor, kv_len: Tensor) -> None:
-        dca = self.rotary.dual_chunk
-        ops.decode_attention(
-            out[None],
-            None,
-            q[None],
-            self.cache.k[layer],
-            self.cache.v[layer],
-            self.block_table,
-            kv_len,
-            self.logit_scale,
-            self.rotary.table,
-            dca.chunk_size,
-            dca.local_size,
-        )
+    def _run(self, call: _Call, layer: int, q: Tensor, out: Tensor) -> None:
+        lone, dca = call.lone, self._rotary.dual_chunk
+        k, v = self._cache.k[layer], self._cache.v[layer]
+        common = self._rotary.table, dca.chunk_size, dca.local_size
+        if lone:
+            ops.decode_attention(
+                out[:lone, None], None, q[:lone, None], k, v, call.block_table[:lone],
+                call.kv_len[:lone], call.logit_scale[:lone], *common,
+            )  # fmt: skip
+        if lone < len(call.kv_len):
+            ops.prefill_attention(
+                out[lone:], None, q[lone:], k, v, call.block_table[lone:], call.cu_q,
+                call.kv_len[lone:], call.logit_scale[lone:], *common,
+            )  # fmt: skip

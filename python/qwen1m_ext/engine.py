@@ -1,12 +1,17 @@
-"""The engine: a loaded model and the life of a request, from token ids to finished samples."""
+"""The engine: a loaded model that serves many requests at once.
+
+This is the face: what is refused, what is reserved, how a request becomes a handle. The work is
+done by the threads of `core.py`, which live until `shutdown` or until the engine is collected.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from copy import copy
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
@@ -16,31 +21,40 @@ from torch import Tensor
 from . import ops
 from .attention import Rotary
 from .config import PLAIN_ROPE, DualChunkConfig, ModelConfig, load_config, load_generation_config
-from .decode import decode_step
+from .core import Core
+from .cost_model import CostModel
 from .errors import BackendError, ConfigError, ContextTooLong, MemoryBudgetError, RequestError
+from .events import EngineStats, OnEvent, OnProgress
+from .handle import RequestHandle
 from .kv_cache import KVCache, pages_for
 from .memory import available_bytes, format_bytes
-from .model import Qwen2Model, logits_rows
-from .output import OutputBuilder
-from .plan import Deployment, fit_context, memory_plan
-from .prefill import PREFILL_CHUNK_TOKENS, OnProgress, prefill
-from .request import RequestMetrics, RequestOutput, SamplingParams, TokenLogprobs
-from .sampler import Sampler, top_logprobs
+from .model import Qwen2Model
+from .output_processor import OutputProcessor
+from .plan import PREFILL_CHUNK_TOKENS, Deployment, fit_context, memory_plan
+from .prefix_cache import PrefixCache, extend_keys
+from .request import SamplingParams
+from .residency import Residency
+from .runner import ModelRunner
+from .sampler import LogitsProcessor, Sampler
+from .scheduler import Limits, Scheduler
+from .scoring import PromptScorer
+from .sequence import DENSE, OnHidden, Request
+from .sequence import Sequence as Sample
 from .sessions import Session
 from .tokenizer import Tokenizer
-from .weights import load_weights
+from .weights import fingerprint, load_weights
 
 log = logging.getLogger(__name__)
 
 DTypeName = Literal["auto", "bfloat16", "float32"]
 RopeName = Literal["auto", "dca", "plain"]
 
-MAX_SEQUENCES = 8
+MAX_SESSIONS = 64
 """Sessions that may be open at once. They share the pages of one full context."""
 
 
 class Engine:
-    """A model, its cache and its tokenizer, serving one request at a time."""
+    """A model, its cache and its tokenizer. Every method may be called from any thread."""
 
     def __init__(
         self,
@@ -52,6 +66,11 @@ class Engine:
         rope: RopeName = "auto",
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         load_tokenizer: bool = True,
+        max_num_seqs: int = 64,
+        max_itl_ms: float | None = None,
+        max_chunk_ms: float | None = None,
+        short_share: float = 0.5,
+        enable_prefix_caching: bool = True,
     ) -> None:
         """Load a checkpoint and reserve its cache.
 
@@ -65,6 +84,12 @@ class Engine:
                 "plain": ignore it, to see what it is for.
             prefill_chunk_tokens: tokens per prefill chunk.
             load_tokenizer: False: token ids in, token ids out.
+            max_num_seqs: samples that run at once; others wait.
+            max_itl_ms: most that a step may take while something decodes (a prefill's chunk is cut
+                to fit); None: whole chunks.
+            max_chunk_ms: the same while nothing decodes; None: whole chunks.
+            short_share: of each step's prefill, what short prompts get beside a long one.
+            enable_prefix_caching: reuse pages of earlier prompts that begin alike.
 
         Raises:
             ConfigError, WeightsError: the checkpoint, or an argument above, does not fit.
@@ -85,22 +110,33 @@ class Engine:
         self.dual_chunk = _choose_rope(rope, self.config, str(model_dir))
         if prefill_chunk_tokens < 1:
             raise ConfigError(f"prefill_chunk_tokens: expected >= 1, got {prefill_chunk_tokens}")
+        if max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs: expected >= 1, got {max_num_seqs}")
+        if not 0 < short_share < 1:
+            raise ConfigError(f"short_share: expected a number in (0, 1), got {short_share}")
+        for name, value in (("max_itl_ms", max_itl_ms), ("max_chunk_ms", max_chunk_ms)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}: expected a number > 0 or None, got {value}")
         deployment = Deployment(
             tokens=0,
             dtype=self.dtype,
             weights_dtype=self.dtype,
             kv_dtype=self.dtype,
             chunk_tokens=prefill_chunk_tokens,
-            max_seqs=MAX_SEQUENCES,
+            max_seqs=max_num_seqs + MAX_SESSIONS,
+            decode_rows=max_num_seqs,
         )
         shape = replace(self.config, dual_chunk=self.dual_chunk)
         self.max_model_len = fit_context(shape, deployment, max_model_len, available_bytes())
         self.plan = memory_plan(shape, replace(deployment, tokens=self.max_model_len))
         weights = load_weights(model_dir, self.config, self.dtype)
         self.chunk_tokens = min(prefill_chunk_tokens, self.max_model_len)
+        self.step_tokens = self.chunk_tokens + max_num_seqs
         self.rotary = Rotary.build(self.config, self.dual_chunk, self.max_model_len)
-        self.model = Qwen2Model(self.config, weights, self.chunk_tokens)
-        self.cache = KVCache(self.config, self.dtype, self.max_model_len, max_seqs=MAX_SEQUENCES)
+        self.model = Qwen2Model(self.config, weights, self.step_tokens)
+        self.cache = KVCache(
+            self.config, self.dtype, self.max_model_len, max_seqs=deployment.max_seqs
+        )
         self.eos_token_ids = frozenset(
             self.generation_config.eos_token_ids or self.config.eos_token_ids
         )
@@ -110,7 +146,26 @@ class Engine:
                     f"{model_dir}: eos_token_id: expected ids below vocab_size "
                     f"{self.config.vocab_size}, got {token}"
                 )
-        self._requests = 0
+        facts = (self.config, self.dual_chunk, self.dtype, ops.PAGE_SIZE, fingerprint(weights))
+        self.model_key = blake2b(repr(facts).encode(), digest_size=32).digest()
+        self._numbers = itertools.count(1)
+        limits = Limits(self.chunk_tokens, max_itl_ms, max_chunk_ms, max_num_seqs, short_share)
+        self._core = self._build_core(limits, enable_prefix_caching)
+        weakref.finalize(self, self._core.shutdown, False)
+
+    def _build_core(self, limits: Limits, prefix_caching: bool) -> Core:
+        """The threads' world. It must not know this object, whose end is to end it."""
+        cost = CostModel(self.config)
+        prefixes = PrefixCache(self.cache.allocator, self.model_key, prefix_caching)
+        residency = Residency(
+            self.cache, prefixes, self.dual_chunk.temperature, limits.max_num_seqs
+        )
+        scheduler = Scheduler(residency, cost, limits)
+        runner = ModelRunner(
+            self.model, self.rotary, self.cache, residency.temperature, cost.prefill_seconds
+        )
+        tokenizer, eos = self.tokenizer, self.eos_token_ids
+        return Core(scheduler, runner, lambda on_finish: OutputProcessor(tokenizer, eos, on_finish))
 
     def default_sampling_params(self) -> SamplingParams:
         """What generation_config.json recommends, with vLLM's default of 16 tokens."""
@@ -144,7 +199,7 @@ class Engine:
                     raise RequestError(f"{name}: expected token ids in [0, {vocab}), got {token}")
         if params.stop_list and self.tokenizer is None:
             raise RequestError("stop: expected none, as no tokenizer is loaded, got strings")
-        tokens = min(len(token_ids) + (params.max_tokens or vocab), self.max_model_len)
+        tokens = min(len(token_ids) + (params.max_tokens or self.max_model_len), self.max_model_len)
         needed = pages_for(tokens) * self.cache.page_bytes
         available = available_bytes()
         if available is not None and needed > available:
@@ -153,148 +208,128 @@ class Engine:
                 f"({format_bytes(needed)}), but {available} bytes are available"
             )
 
-    def stream(
+    def submit(
         self,
-        token_ids: Sequence[int],
-        params: SamplingParams,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
         *,
-        prompt: str | None = None,
-        on_progress: OnProgress | None = None,
+        prompt_text: str | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
         session: Session | None = None,
-    ) -> Iterator[RequestOutput]:
-        """Serve a request; yields its state after every token, the last one `finished`.
+        pin: bool = False,
+        logits_processor: Callable[[int], LogitsProcessor] | None = None,
+        on_event: OnEvent | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> RequestHandle:
+        """Queue a request; returns at once.
 
-        The `n` samples are generated one after the other: each starts from the prompt's cache, cut
-        back to the prompt's length, so no copy is made. Closing the iterator aborts the request.
-        With a session, what its cache has of the prompt is not computed again.
+        Args:
+            prompt: a text or token ids.
+            params: how to sample; None: as generation_config.json recommends.
+            prompt_text: the text of token ids, to be repeated in outputs.
+            priority: lower runs first; equals run in order of submission.
+            request_id: a name; None: request-1, request-2, ...
+            session: a cache to continue in, and to leave prompt and output in.
+            pin: keep the prompt's full pages from eviction until `unpin(request_id)`.
+            logits_processor: makes one for each sample index; see `sampler.LogitsProcessor`.
+            on_event: takes the events instead of the handle; see `events.OnEvent`.
+            on_progress: takes the `Progress` events; see `events.OnProgress`.
 
         Raises:
-            As `check`, before the first token.
+            As `check`; RequestError: also when the pin would be too large or the id is in use.
+            BackendError: the engine is shut down.
         """
-        token_ids = list(token_ids)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("prompt: expected token ids, as no tokenizer is loaded")
+            prompt_text, token_ids = prompt, self.tokenizer.encode(prompt)
+        else:
+            token_ids = list(prompt)
+        params = self.default_sampling_params() if params is None else params
         self.check(token_ids, params)
-        self._requests += 1
-        result = RequestOutput(f"request-{self._requests}", prompt, token_ids, [])
-        result.metrics.prompt_tokens = len(token_ids)
-        used = session or Session(self.cache)
-        try:
-            with torch.inference_mode():
-                logits = self._prefill(used, token_ids, params, result, on_progress)
-            yield from self._samples(used, logits, params, result)
-        finally:
-            if session is None:
-                used.close()
+        scorer = None
+        if params.prompt_logprobs is not None:
+            scorer = PromptScorer(self.model, token_ids, params.prompt_logprobs)
+        request = self._request(token_ids, params, priority, request_id, session, pin, scorer)
+        if scorer is not None:
+            core = self._core
+            scorer.on_complete = lambda rows: core.post(lambda: core.outputs.scored(request, rows))
+        stop_ids = [*self.eos_token_ids, *(params.stop_token_ids or ())]
+        for sample in request.samples:
+            processor = logits_processor(sample.index) if logits_processor else None
+            sample.sampler = Sampler(params, token_ids, stop_ids, sample.index, processor)
+        return self._start(request, prompt_text, on_event, on_progress)
+
+    def _request(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        request_id: str | None = None,
+        session: Session | None = None,
+        pin: bool = False,
+        on_hidden: OnHidden | None = None,
+    ) -> Request:
+        prefixes = self._core.scheduler.residency.prefixes
+        number = next(self._numbers)
+        request = Request(
+            request_id or f"request-{number}",
+            token_ids,
+            params,
+            arrival=number,
+            priority=priority,
+            temperature=self.dual_chunk.temperature(len(token_ids)),
+            session=session,
+            policy=DENSE,
+            on_hidden=on_hidden,
+            pin=pin,
+        )
+        if pin:
+            prefixes.check_pin(len(token_ids) // ops.PAGE_SIZE)
+        request.root = prefixes.root(request.temperature, request.policy.name)
+        extend_keys(request.keys, request.root, token_ids, len(token_ids))
+        room = self.max_model_len - len(token_ids)
+        max_tokens = min(params.max_tokens or room, room)
+        request.samples = [Sample(request, i, max_tokens) for i in range(params.n)]
+        return request
+
+    def _start(
+        self,
+        request: Request,
+        prompt_text: str | None = None,
+        on_event: OnEvent | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> RequestHandle:
+        core = self._core
+        request.handle = RequestHandle(
+            request.request_id,
+            prompt_text,
+            request.prompt,
+            request.params,
+            lambda: core.cancel(request),
+            lambda: core.status(request),
+            on_event,
+        )
+        request.on_progress = on_progress or request.handle.emit
+        core.submit(request)
+        return request.handle
 
     def open_session(self, *, freeze_temperature: bool = False) -> Session:
         """A cache that several requests share, for turns of a conversation; see `Session`."""
         return Session(self.cache, freeze_temperature)
 
-    def _prefill(
-        self,
-        session: Session,
-        token_ids: list[int],
-        params: SamplingParams,
-        result: RequestOutput,
-        on_progress: OnProgress | None,
-    ) -> Tensor:
-        """Run the prompt; returns [vocab] logits of the first new token."""
-        start = time.perf_counter()
-        if params.prompt_logprobs is not None:
-            session.truncate(0)  # every row has to run
-        reused, temperature = session.begin(token_ids, self.dual_chunk.temperature(len(token_ids)))
-        result.metrics.cached_tokens = reused
-        on_hidden = None
-        if params.prompt_logprobs is not None:
-            result.prompt_logprobs = [None]
-            collected = result.prompt_logprobs
-            count = params.prompt_logprobs
+    def unpin(self, request_id: str) -> bool:
+        """Let the pages go that `submit(..., pin=True)` has kept; False if there are none."""
+        return self._core.scheduler.residency.prefixes.unpin(request_id)
 
-            def on_hidden(begin: int, hidden: Tensor) -> None:
-                following = token_ids[begin + 1 : begin + 1 + len(hidden)]
-                collected.extend(self._row_logprobs(hidden[: len(following)], following, count))
+    def stats(self) -> EngineStats:
+        """Queues, pages and totals at this moment."""
+        return self._core.stats()
 
-        try:
-            hidden = prefill(
-                self.model,
-                self.rotary,
-                self.cache,
-                session.sequence,
-                token_ids,
-                temperature=temperature,
-                chunk_tokens=self.chunk_tokens,
-                on_progress=on_progress,
-                on_hidden=on_hidden,
-            )
-        finally:  # also when cancelled: a session goes on from the chunks that are complete
-            session.extend(token_ids[reused : session.sequence.length], temperature)
-        logits = self.model.logits(hidden)[0]
-        result.metrics.prefill_seconds = time.perf_counter() - start
-        return logits
-
-    def _row_logprobs(
-        self, hidden: Tensor, following: list[int], count: int
-    ) -> Iterator[TokenLogprobs]:
-        """Log probabilities of the token after each hidden row, a block of rows at a time."""
-        rows = logits_rows(self.config)
-        for begin in range(0, len(following), rows):
-            logits = self.model.logits(hidden[begin : begin + rows])
-            chosen = torch.tensor(following[begin : begin + rows])
-            yield from top_logprobs(logits, chosen, count, self.tokenizer)
-
-    def _samples(
-        self,
-        session: Session,
-        first_logits: Tensor,
-        params: SamplingParams,
-        result: RequestOutput,
-    ) -> Iterator[RequestOutput]:
-        """Generate the `n` samples after a prefill."""
-        prompt_tokens, metrics = len(result.prompt_token_ids), result.metrics
-        room = self.max_model_len - prompt_tokens
-        max_tokens = min(params.max_tokens or room, room)
-        stop_ids = [*self.eos_token_ids, *(params.stop_token_ids or ())]
-        start = time.perf_counter()
-        for index in range(params.n):
-            sampler = Sampler(params, result.prompt_token_ids, stop_ids, index)
-            builder = OutputBuilder(index, params, self.tokenizer, self.eos_token_ids, max_tokens)
-            result.outputs.append(builder.output)
-            session.truncate(prompt_tokens)
-            logits = first_logits
-            while True:
-                with torch.inference_mode():
-                    token = sampler.sample(logits)
-                    best = params.logprobs
-                    row = (
-                        None
-                        if best is None
-                        else top_logprobs(
-                            logits[None], torch.tensor([token]), best, self.tokenizer
-                        )[0]
-                    )
-                builder.push(token, row)
-                metrics.output_tokens += 1
-                if metrics.output_tokens == 1:
-                    first = time.perf_counter() - start
-                    metrics.time_to_first_token = metrics.prefill_seconds + first
-                    start += first
-                else:
-                    metrics.decode_seconds = time.perf_counter() - start
-                result.finished = builder.finished and index == params.n - 1
-                yield _snapshot(result)
-                if builder.finished:
-                    break
-                with torch.inference_mode():
-                    logits = self._decode(session, token, prompt_tokens)
-
-    def _decode(self, session: Session, token: int, prompt_tokens: int) -> Tensor:
-        """[vocab] logits after one more token."""
-        sequence = session.sequence
-        temperature = self.dual_chunk.temperature(max(prompt_tokens, sequence.length + 1))
-        if session.freeze_temperature and session.temperature is not None:
-            temperature = session.temperature
-        logits = decode_step(self.model, self.rotary, self.cache, sequence, token, temperature)
-        session.extend([token], temperature)
-        return logits
+    def shutdown(self, drain: bool = True) -> None:
+        """Take no more requests; finish those there are (`drain`) or cancel them. Idempotent."""
+        self._core.shutdown(drain)
 
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits of every position of a prompt, [tokens, vocab] float32: for tests and study.
@@ -303,7 +338,8 @@ class Engine:
             RequestError: as `check`, and when the result would exceed 1 GiB.
         """
         token_ids = list(token_ids)
-        self.check(token_ids, SamplingParams(max_tokens=1))
+        params = SamplingParams(temperature=0, max_tokens=1)
+        self.check(token_ids, params)
         size = 4 * len(token_ids) * self.config.vocab_size
         if size > 1 << 30:
             raise RequestError(
@@ -311,35 +347,15 @@ class Engine:
                 "use prompt_logprobs"
             )
         blocks: list[Tensor] = []
-        session = Session(self.cache)
-        try:
-            with torch.inference_mode():
-                prefill(
-                    self.model,
-                    self.rotary,
-                    self.cache,
-                    session.sequence,
-                    token_ids,
-                    temperature=self.dual_chunk.temperature(len(token_ids)),
-                    chunk_tokens=self.chunk_tokens,
-                    on_hidden=lambda _, hidden: blocks.append(self.model.logits(hidden)),
-                )
-        finally:
-            session.close()
+        model = self.model
+        request = self._request(
+            token_ids, params, on_hidden=lambda _, hidden: blocks.append(model.logits(hidden))
+        )
+        request.samples[0].sampler = Sampler(params, token_ids)
+        handle = self._start(request)
+        handle.result()
+        handle.wait()
         return torch.cat(blocks)
-
-
-def _snapshot(result: RequestOutput) -> RequestOutput:
-    """A copy that later tokens do not change."""
-    shot = copy(result)
-    shot.metrics = RequestMetrics(**vars(result.metrics))
-    shot.outputs = []
-    for output in result.outputs:
-        one = copy(output)
-        one.token_ids = list(output.token_ids)
-        one.logprobs = None if output.logprobs is None else list(output.logprobs)
-        shot.outputs.append(one)
-    return shot
 
 
 def _choose_device(device: str) -> str:

@@ -1,10 +1,18 @@
-"""The paged KV cache: a pool of pages, an allocator, and the pages of each sequence.
+"""The paged KV cache: a pool of pages, their users, and the pages of each sequence.
 
 Layout of each layer's `k` and `v`: [num_pages, kv_heads, 128, head_dim]. K is stored rotated at
 its Dual Chunk position and unscaled, so pages do not depend on the length of the prompt.
+
+A page that is full can be labelled with a key of its content (`prefix_cache.py`) and have several
+users. When the last one leaves, it counts as free but keeps its content until the room is needed:
+pages without content go first, then those that nobody has used for the longest time.
 """
 
 from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,30 +34,108 @@ def cache_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens: int, max_se
 
 
 class BlockAllocator:
-    """Hands out page numbers; lowest first, so that a young pool touches little memory."""
+    """Hands out page numbers; lowest first, so that a young pool touches little memory.
+
+    Every method may be called from any thread.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.evictions = 0  # labelled pages that were given to somebody else
+        self._lock = threading.Lock()
+        self._free = list(range(num_pages - 1, -1, -1))  # nothing worth keeping in them
+        self._idle: OrderedDict[int, None] = OrderedDict()  # labelled, no user; oldest first
+        self._users = [0] * num_pages
+        self._label: dict[int, bytes] = {}
+        self._page: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Pages not in use."""
-        return len(self._free)
+        """Pages without a user."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_idle(self) -> int:
+        """Pages without a user whose content could still be reused."""
+        return len(self._idle)
+
+    def users(self, page: int) -> int:
+        """How many sequences (and pins) hold a page."""
+        return self._users[page]
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` pages. Raises MemoryBudgetError, and takes none, if there are fewer."""
-        if count > len(self._free):
-            raise MemoryBudgetError(
-                f"kv cache: expected {count} free pages, got {len(self._free)} of {self.num_pages}"
-            )
-        taken = self._free[len(self._free) - count :]
-        del self._free[len(self._free) - count :]
-        return taken[::-1]
+        with self._lock:
+            if count > self.num_free:
+                raise MemoryBudgetError(
+                    f"kv cache: expected {count} free pages, "
+                    f"got {self.num_free} of {self.num_pages}"
+                )
+            cut = max(0, len(self._free) - count)
+            taken = self._free[cut:][::-1]
+            del self._free[cut:]
+            while len(taken) < count:
+                page, _ = self._idle.popitem(last=False)
+                self._forget(page)
+                self.evictions += 1
+                taken.append(page)
+            for page in taken:
+                self._users[page] = 1
+            return taken
 
-    def free(self, pages: list[int]) -> None:
-        """Give pages back."""
-        self._free.extend(reversed(pages))
+    def free(self, pages: Sequence[int]) -> None:
+        """One user less for each page. The last pages of a chain are the first to be evicted."""
+        with self._lock:
+            for page in reversed(pages):
+                self._users[page] -= 1
+                if self._users[page] == 0:
+                    if page in self._label:
+                        self._idle[page] = None
+                    else:
+                        self._free.append(page)
+
+    def label(self, page: int, key: bytes) -> None:
+        """Say what a page in use holds, unless another page is known to hold the same."""
+        with self._lock:
+            if key not in self._page and page not in self._label:
+                self._label[page], self._page[key] = key, page
+
+    def unlabel(self, page: int) -> None:
+        """A page in use is about to change."""
+        with self._lock:
+            self._forget(page)
+
+    def share(self, keys: Sequence[bytes]) -> list[int]:
+        """Become a user of the pages of the leading keys, up to the first that nobody holds."""
+        with self._lock:
+            pages = []
+            for key in keys:
+                page = self._page.get(key)
+                if page is None:
+                    break
+                self._idle.pop(page, None)
+                self._users[page] += 1
+                pages.append(page)
+            return pages
+
+    def share_pages(self, pages: Sequence[int]) -> None:
+        """Become another user of pages that are in use."""
+        with self._lock:
+            for page in pages:
+                self._users[page] += 1
+
+    def clear(self) -> None:
+        """Forget the content of all pages without a user."""
+        with self._lock:
+            for page in reversed(self._idle):
+                self._forget(page)
+                self._free.append(page)
+            self._idle.clear()
+
+    def _forget(self, page: int) -> None:
+        key = self._label.pop(page, None)
+        if key is not None:
+            del self._page[key]
 
 
 class KVCache:
@@ -77,18 +163,29 @@ class KVCache:
         self._free_rows = list(range(max_seqs - 1, -1, -1))
         self.page_bytes = PAGE_SIZE * config.kv_bytes_per_token(dtype)
 
+    @property
+    def free_rows(self) -> int:
+        """Sequences that can still be opened."""
+        return len(self._free_rows)
+
     def open(self) -> SequenceCache:
         """A new, empty sequence."""
-        if not self._free_rows:
+        try:
+            return SequenceCache(self, self._free_rows.pop())
+        except IndexError:
             raise MemoryBudgetError(
                 f"kv cache: all {self.block_table.shape[0]} sequences are in use"
-            )
-        return SequenceCache(self, self._free_rows.pop())
+            ) from None
 
     def close(self, sequence: SequenceCache) -> None:
         """Give back everything of a sequence."""
         sequence.truncate(0)
         self._free_rows.append(sequence.row)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy the keys and values of a page, all layers."""
+        for pages in (*self.k, *self.v):
+            pages[target] = pages[source]
 
 
 class SequenceCache:
@@ -97,7 +194,7 @@ class SequenceCache:
     def __init__(self, pool: KVCache, row: int) -> None:
         self._pool = pool
         self.row = row  # of the block table
-        self.length = 0  # tokens whose keys and values are in the cache
+        self.length = 0  # tokens whose keys and values are in the cache, or on their way there
         self.pages: list[int] = []
 
     @property
@@ -105,16 +202,46 @@ class SequenceCache:
         """[1, max_pages] int32: this sequence's row of the pool's table."""
         return self._pool.block_table[self.row : self.row + 1]
 
-    def append(self, count: int) -> Tensor:
-        """Make room for `count` more tokens; returns their slots, [count] int64."""
+    def append(self, count: int) -> None:
+        """Make room for `count` more tokens.
+
+        Raises:
+            MemoryBudgetError: too few free pages; nothing has changed.
+        """
         end = self.length + count
-        new = self._pool.allocator.allocate(max(0, pages_for(end) - len(self.pages)))
-        table = self._pool.block_table[self.row]
-        table[len(self.pages) : len(self.pages) + len(new)] = torch.tensor(new, dtype=torch.int32)
-        self.pages += new
-        tokens = torch.arange(self.length, end)
+        partial = self.pages[-1] if self.length % PAGE_SIZE else None
+        shared = partial is not None and self._pool.allocator.users(partial) > 1
+        new = self._pool.allocator.allocate(pages_for(end) - len(self.pages) + shared)
+        if shared and partial is not None:  # others go on reading the page as it is
+            self._pool.copy_page(partial, new[0])
+            self._pool.allocator.free([self.pages.pop()])
+        elif partial is not None:
+            self._pool.allocator.unlabel(partial)
+        self._extend(new)
         self.length = end
-        return table[tokens // PAGE_SIZE].long() * PAGE_SIZE + tokens % PAGE_SIZE
+
+    def share(self, pages: list[int], length: int) -> None:
+        """Begin an empty sequence with pages that the caller has taken for it."""
+        self._extend(pages)
+        self.length = length
+
+    def fork(self, source: SequenceCache, length: int) -> None:
+        """Begin an empty sequence with the first `length` tokens of another.
+
+        Full pages are shared. The last, partial one is copied: the source goes on writing in its.
+        """
+        full, partial = divmod(length, PAGE_SIZE)
+        last = self._pool.allocator.allocate(1) if partial else []
+        for page in last:
+            self._pool.copy_page(source.pages[full], page)
+        self._pool.allocator.share_pages(source.pages[:full])
+        self.share(source.pages[:full] + last, length)
+
+    def slots(self, begin: int, end: int) -> Tensor:
+        """Where the tokens [begin, end) lie: page * 128 + row, int64."""
+        tokens = torch.arange(begin, end)
+        pages = self._pool.block_table[self.row][tokens // PAGE_SIZE]
+        return pages.long() * PAGE_SIZE + tokens % PAGE_SIZE
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
@@ -122,3 +249,9 @@ class SequenceCache:
         self._pool.allocator.free(self.pages[keep:])
         del self.pages[keep:]
         self.length = min(self.length, length)
+
+    def _extend(self, pages: list[int]) -> None:
+        begin = len(self.pages)
+        table = self._pool.block_table[self.row]
+        table[begin : begin + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.pages += pages

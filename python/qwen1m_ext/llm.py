@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from .engine import DTypeName, Engine, RopeName
 from .errors import RequestError
-from .prefill import PREFILL_CHUNK_TOKENS, OnProgress
+from .events import OnProgress
+from .handle import RequestHandle
+from .plan import PREFILL_CHUNK_TOKENS
 from .request import RequestOutput, SamplingParams
 from .sessions import Session
 from .tokenizer import Message, Tokenizer
@@ -51,6 +53,11 @@ class LLM:
         rope: RopeName = "auto",
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         skip_tokenizer_init: bool = False,
+        max_num_seqs: int = 64,
+        max_itl_ms: float | None = None,
+        max_chunk_ms: float | None = None,
+        short_share: float = 0.5,
+        enable_prefix_caching: bool = True,
     ) -> None:
         """Load a checkpoint directory; arguments and errors as in `Engine`."""
         self.engine = Engine(
@@ -61,6 +68,11 @@ class LLM:
             rope=rope,
             prefill_chunk_tokens=prefill_chunk_tokens,
             load_tokenizer=not skip_tokenizer_init,
+            max_num_seqs=max_num_seqs,
+            max_itl_ms=max_itl_ms,
+            max_chunk_ms=max_chunk_ms,
+            short_share=short_share,
+            enable_prefix_caching=enable_prefix_caching,
         )
 
     @property
@@ -86,13 +98,13 @@ class LLM:
         use_tqdm: bool = False,
         on_progress: OnProgress | None = None,
     ) -> list[RequestOutput]:
-        """Complete every prompt.
+        """Complete every prompt; they run together (continuous batching).
 
         Args:
             prompts: a text, `{"prompt_token_ids": [...]}`, or a list of these.
             sampling_params: one for all or one for each; None: the checkpoint's defaults.
             use_tqdm: show a bar over the prompts.
-            on_progress: called during each prefill.
+            on_progress: called during each prefill; raising stops all prompts.
 
         Returns:
             One finished `RequestOutput` per prompt, in order.
@@ -106,11 +118,18 @@ class LLM:
         requests = [(*self._tokens(p), s) for p, s in zip(items, params, strict=True)]
         for _, token_ids, sampling in requests:
             self.engine.check(token_ids, sampling)
-        results = []
-        for text, token_ids, sampling in tqdm(requests, disable=not use_tqdm, unit="prompt"):
-            stream = self.engine.stream(token_ids, sampling, prompt=text, on_progress=on_progress)
-            results.append(_last(stream))
-        return results
+        handles = []
+        try:
+            for text, token_ids, sampling in requests:
+                handles.append(
+                    self.engine.submit(
+                        token_ids, sampling, prompt_text=text, on_progress=on_progress
+                    )
+                )
+            bar = tqdm(handles, disable=not use_tqdm, unit="prompt")
+            return [handle.result() for handle in bar]
+        finally:
+            _close(handles)
 
     def stream(
         self,
@@ -127,9 +146,13 @@ class LLM:
         """
         text, token_ids = self._tokens(prompt)
         params = self._params_for(sampling_params, 1)[0]
-        return self.engine.stream(
-            token_ids, params, prompt=text, on_progress=on_progress, session=session
+        handle = self.engine.submit(
+            token_ids, params, prompt_text=text, session=session, on_progress=on_progress
         )
+        try:
+            yield from handle.outputs()
+        finally:
+            _close([handle])
 
     def open_session(self, *, freeze_temperature: bool = False) -> Session:
         """A cache for the turns of one conversation; close it when done. See `Session`."""
@@ -190,7 +213,9 @@ class LLM:
         return text, self.get_tokenizer().encode(text)
 
 
-def _last(stream: Iterator[RequestOutput]) -> RequestOutput:
-    for output in stream:
-        result = output
-    return result
+def _close(handles: list[RequestHandle]) -> None:
+    """Stop what still runs and wait until nothing is held."""
+    for handle in handles:
+        handle.cancel()
+    for handle in handles:
+        handle.wait()

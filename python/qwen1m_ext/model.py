@@ -1,6 +1,6 @@
-"""The Qwen2 forward pass over spans of tokens.
+"""The Qwen2 forward pass over a batch of tokens.
 
-Two ideas keep a million tokens affordable. Only attention sees the whole chunk at once: all
+Two ideas keep a million tokens affordable. Only attention sees the whole batch at once: all
 matrix products run over blocks of rows, so the wide MLP activations exist for one block only. And
 in the last layer only keys and values are computed for every token; queries, attention, MLP and
 norm run for the rows that somebody asked for.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .attention import TokenSpan
+from .attention import Batch
 from .config import ModelConfig
 from .weights import LayerWeights, ModelWeights
 
@@ -30,7 +30,7 @@ OnLayer = Callable[[int, int], None]
 
 
 class Workspace:
-    """The activations of a chunk, allocated once: what `activation_bytes` says and no more."""
+    """The activations of a batch, allocated once: what `activation_bytes` says and no more."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> None:
         self.chunk_tokens = chunk_tokens
@@ -81,7 +81,7 @@ class Qwen2Model:
     """Weights and workspace of one model."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, chunk_tokens: int) -> None:
-        """Prepare for spans of up to `chunk_tokens` tokens."""
+        """Prepare for batches of up to `chunk_tokens` tokens."""
         self.config, self.weights = config, weights
         self.dtype = weights.norm.dtype
         self.workspace = Workspace(config, self.dtype, chunk_tokens)
@@ -89,22 +89,22 @@ class Qwen2Model:
     def forward(
         self,
         token_ids: Tensor,
-        span: TokenSpan,
+        batch: Batch,
         rows: Tensor | None = None,
         on_layer: OnLayer | None = None,
     ) -> Tensor:
-        """Run the tokens of a span through all layers; their keys and values enter the cache.
+        """Run the tokens of a batch through all layers; their keys and values enter the cache.
 
         Args:
             token_ids: [tokens] int64, tokens <= the workspace's chunk_tokens.
-            span: where the tokens are.
+            batch: where the tokens are.
             rows: [n] int64, ascending rows whose final hidden state is wanted; None: all.
             on_layer: progress.
 
         Returns:
             [n, hidden] hidden states after the final norm, ready for the LM head.
         """
-        n, layers = len(span), self.weights.layers
+        n, layers = len(batch), self.weights.layers
         if token_ids.numel() != n or n > self.workspace.chunk_tokens:
             raise ValueError(
                 f"token_ids: expected {n} ids, at most {self.workspace.chunk_tokens}, "
@@ -117,25 +117,25 @@ class Qwen2Model:
             ops.embedding(x, self.weights.embed, token_ids[block])
             normed = self.workspace.normed[: len(x)]
             ops.rms_norm(normed, None, x, layers[0].input_norm, self.config.rms_norm_eps)
-            self._append_qkv(0, normed, q, span, block, kv_only=last == 0 and rows is not None)
+            self._append_qkv(0, normed, q, batch, block, kv_only=last == 0 and rows is not None)
         for i in range(last):
-            span.attend(i, q, attended)
+            batch.attend(i, q, attended)
             for block in _blocks(n):
                 normed = self._mlp(
                     layers[i], residual[block], attended[block], layers[i + 1].input_norm
                 )
                 self._append_qkv(
-                    i + 1, normed, q, span, block, kv_only=i + 1 == last and rows is not None
+                    i + 1, normed, q, batch, block, kv_only=i + 1 == last and rows is not None
                 )
             if on_layer:
                 on_layer(i + 1, len(layers))
         if rows is None:
-            span.attend(last, q, attended)
+            batch.attend(last, q, attended)
             wanted = residual
         else:
             wanted, q, attended = self._last_layer_queries(residual, rows)
             if len(rows):
-                span.attend_rows(last, q, attended, rows)
+                batch.attend_rows(last, q, attended, rows)
         hidden = torch.empty(len(wanted), self.config.hidden_size, dtype=self.dtype)
         for block in _blocks(len(wanted)):
             hidden[block] = self._mlp(
@@ -154,7 +154,7 @@ class Qwen2Model:
         return w.residual, w.q, w.attended
 
     def _append_qkv(
-        self, layer: int, normed: Tensor, q: Tensor, span: TokenSpan, block: slice, kv_only: bool
+        self, layer: int, normed: Tensor, q: Tensor, batch: Batch, block: slice, kv_only: bool
     ) -> None:
         """Project a block of normed rows; write its q rows and its keys and values."""
         weights = self.weights.layers[layer]
@@ -164,7 +164,7 @@ class Qwen2Model:
             qkv = self.workspace.qkv.view(-1)[: qkv.numel()].view(qkv.shape)
         _project(qkv, normed, weights.qkv[skip:])
         q_rows = q[block, :0] if kv_only else q[block]
-        span.append_kv(layer, q_rows, qkv, weights.qkv_bias[skip:], block)
+        batch.append_kv(layer, q_rows, qkv, weights.qkv_bias[skip:], block)
 
     def _last_layer_queries(self, residual: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residual, queries and room for the attention output of the requested rows."""

@@ -84,6 +84,14 @@ class OutputBuilder:
         out.text = self._text[: len(self._text) - self._stops.held_back(self._text)]
         return None
 
+    def flush(self) -> str:
+        """The text that was held back, for a sample that is stopped from outside."""
+        shown = len(self.output.text)
+        if self._detokenizer:
+            self._text += self._detokenizer.flush()
+        self.output.text = self._text
+        return self._text[shown:]
+
     def _extend(self, token: int) -> None:
         if self._detokenizer:
             self._text += self._detokenizer.push(token)

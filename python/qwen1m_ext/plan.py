@@ -20,6 +20,9 @@ from .weights import weight_bytes
 
 log = logging.getLogger(__name__)
 
+PREFILL_CHUNK_TOKENS = 32_768
+"""Tokens of a prefill chunk: bounds the activations whatever the length of the prompt."""
+
 FP8 = torch.float8_e4m3fn
 
 RUNTIME_BYTES = 1_000_000_000
@@ -37,6 +40,7 @@ class Deployment:
     kv_dtype: torch.dtype  # dtype, or FP8 with a scale per (layer, head)
     chunk_tokens: int  # of a prefill chunk
     max_seqs: int = 1  # sequences that may be open at once; they share the context's pages
+    decode_rows: int = 0  # decodes of other sequences that run in one step with a chunk
     sparse: bool = False  # vertical-slash prefill
     gpu: bool = False
 
@@ -65,10 +69,10 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
     items = {
         "weights": weight_bytes(config, d.dtype, quantised=d.weights_dtype == FP8),
         "kv cache": cache_bytes(config, d.kv_dtype, d.tokens, d.max_seqs),
-        "activations": activation_bytes(config, d.dtype, d.chunk),
+        "activations": activation_bytes(config, d.dtype, d.chunk + d.decode_rows),
         "rotary table": rows * config.head_dim * 4,
         "scratch": _scratch_bytes(config, d),
-        "logits": logits_bytes(config, d.dtype, d.chunk),
+        "logits": logits_bytes(config, d.dtype, d.chunk + d.decode_rows),
     }
     if d.kv_dtype == FP8:
         items["kv cache"] += 2 * config.num_layers * config.num_kv_heads * 4  # scales

@@ -16,8 +16,7 @@ from .config import ModelConfig, read_config
 from .errors import ConfigError
 from .estimate import CARDS, SPARSE_COLUMNS, Machine, Seconds, estimate, measure_cpu
 from .memory import available_bytes, format_bytes
-from .plan import FP8, Deployment, MemoryPlan, largest_context, memory_plan
-from .prefill import PREFILL_CHUNK_TOKENS
+from .plan import FP8, PREFILL_CHUNK_TOKENS, Deployment, MemoryPlan, largest_context, memory_plan
 from .terminal import format_seconds
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": FP8, "fp32": torch.float32}

@@ -155,7 +155,7 @@ class RequestMetrics:
     """What a request cost. Times in seconds."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, taken from the session's cache
+    cached_tokens: int = 0  # of the prompt, taken from a cache
     prefill_seconds: float = 0.0
     time_to_first_token: float = 0.0
     decode_seconds: float = 0.0  # from the first token to the last, all samples
@@ -184,3 +184,8 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that came from a cache (OpenAI: prompt_tokens_details.cached_tokens)."""
+        return self.metrics.cached_tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from torch import Tensor
 from .errors import WeightsError
 from .request import Logprob, SamplingParams, TokenLogprobs
 from .tokenizer import Tokenizer
+
+LogitsProcessor = Callable[[list[int], Tensor], Tensor]
+"""(the sample's output tokens so far, [vocab] float32 logits) -> logits; it may change them in
+place. It may be asked once more after the token that ends the sample: that draw is discarded."""
 
 
 class Sampler:
@@ -27,6 +31,7 @@ class Sampler:
         prompt_token_ids: Sequence[int],
         stop_token_ids: Sequence[int] = (),
         index: int = 0,
+        logits_processor: LogitsProcessor | None = None,
     ) -> None:
         """Prepare for sample `index` of a request.
 
@@ -35,10 +40,13 @@ class Sampler:
             prompt_token_ids: what repetition_penalty counts besides the output.
             stop_token_ids: suppressed until `min_tokens` are out.
             index: which of the `n` samples; each draws from its own stream.
+            logits_processor: masks logits before every draw (a grammar, for example).
         """
         self.params = params
         self._prompt = torch.tensor(sorted(set(prompt_token_ids)), dtype=torch.int64)
         self._output: Counter[int] = Counter()
+        self._output_ids: list[int] = []
+        self._processor = logits_processor
         self._stops = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         # the index goes through a large odd factor: seed and seed + 1 share no stream
@@ -59,11 +67,14 @@ class Sampler:
                 "logits: expected numbers, got NaN: the weights are damaged, or values overflow"
             )
         adjusted = self.adjust(logits)
+        if self._processor is not None:
+            adjusted = self._processor(self._output_ids, adjusted.clone())
         if self.params.temperature == 0:
             token = int(adjusted.argmax())
         else:
             token = self._draw(self.probabilities(adjusted))
         self._output[token] += 1
+        self._output_ids.append(token)
         return token
 
     def adjust(self, logits: Tensor) -> Tensor:
@@ -117,16 +128,17 @@ class Sampler:
         return min(token, int(probs.nonzero()[-1]))
 
 
-def top_logprobs(
-    logits: Tensor, chosen: Tensor, count: int, tokenizer: Tokenizer | None
-) -> list[TokenLogprobs]:
+Candidates = dict[int, tuple[float, int]]
+"""token -> (log probability, rank): the chosen token first, then the likeliest."""
+
+
+def rank_tokens(logits: Tensor, chosen: Tensor, count: int) -> list[Candidates]:
     """Log probabilities of the chosen token and of the `count` likeliest, row by row.
 
     Args:
         logits: [rows, vocab] float32, unmodified.
         chosen: [rows] int64.
         count: how many of the best to report besides the chosen one.
-        tokenizer: for `decoded_token`; None leaves it empty.
     """
     logprobs = torch.log_softmax(logits, -1)
     own = logprobs.gather(1, chosen[:, None])
@@ -139,10 +151,13 @@ def top_logprobs(
             zip(ids[row].tolist(), values[row].tolist(), strict=True), 1
         ):
             entries.setdefault(token, (value, rank))
-        result.append(
-            {
-                token: Logprob(value, rank, tokenizer.decode([token], False) if tokenizer else "")
-                for token, (value, rank) in entries.items()
-            }
-        )
+        result.append(entries)
     return result
+
+
+def with_texts(candidates: Candidates, tokenizer: Tokenizer | None) -> TokenLogprobs:
+    """The same with `decoded_token`, which is empty without a tokenizer."""
+    return {
+        token: Logprob(value, rank, tokenizer.decode([token], False) if tokenizer else "")
+        for token, (value, rank) in candidates.items()
+    }

@@ -17,6 +17,8 @@ class Session:
     first: a prompt of another length is prefilled anew, unless the session was opened with
     `freeze_temperature`. Then the s of its first prompt stays for all turns, which equals one
     request with that s.
+
+    One request at a time uses a session; others wait for their turn.
     """
 
     def __init__(self, cache: KVCache, freeze_temperature: bool = False) -> None:
@@ -24,12 +26,13 @@ class Session:
         self._cache = cache
         self.sequence: SequenceCache = cache.open()
         self.freeze_temperature = freeze_temperature
-        self._closed = False
+        self.busy = False  # a request computes in it
+        self.closed = False
         self.token_ids: list[int] = []  # in the cache, all computed under `temperature`
         self.temperature: float | None = None  # s(n); None: nothing cached yet
 
     def begin(self, token_ids: Sequence[int], temperature: float) -> tuple[int, float]:
-        """Cut the cache back to what a prompt can reuse.
+        """Cut the cache back to what a prompt can reuse; the session is busy from now on.
 
         Args:
             token_ids: the whole prompt.
@@ -39,6 +42,7 @@ class Session:
             How many leading tokens are reused (less than the prompt's length: the last one must run
             to give logits) and the temperature to use.
         """
+        self.busy = True
         if self.freeze_temperature and self.temperature is not None:
             temperature = self.temperature
         reused = 0
@@ -50,11 +54,13 @@ class Session:
         self.truncate(reused)
         return reused, temperature
 
-    def extend(self, token_ids: Sequence[int], temperature: float) -> None:
-        """Note tokens that have entered the cache; under another s they will not be reused."""
-        at_end = len(self.token_ids) + len(token_ids) == self.sequence.length
-        if temperature == self.temperature and at_end:
-            self.token_ids.extend(token_ids)
+    def end(self, token_ids: Sequence[int]) -> None:
+        """Take over what a request leaves: these tokens are in the cache, under the same s."""
+        self.token_ids = list(token_ids)
+        self.truncate(len(self.token_ids))
+        self.busy = False
+        if self.closed:
+            self._cache.close(self.sequence)
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
@@ -62,8 +68,9 @@ class Session:
         del self.token_ids[length:]
 
     def close(self) -> None:
-        """Give the pages back. Closing twice is harmless."""
-        if not self._closed:
-            self._cache.close(self.sequence)
-            self.token_ids.clear()
-            self._closed = True
+        """Give the pages back, after the request that runs in it. Closing twice is harmless."""
+        if not self.closed:
+            self.closed = True
+            if not self.busy:
+                self._cache.close(self.sequence)
+                self.token_ids.clear()

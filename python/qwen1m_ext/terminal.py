@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from .events import Progress
 from .memory import format_bytes, peak_bytes
-from .prefill import Progress
 from .request import RequestMetrics
 
 

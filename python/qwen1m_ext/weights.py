@@ -6,6 +6,7 @@ up) are joined into one matrix each, because one product of twice the width is f
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,18 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden]
     lm_head: Tensor  # [vocab, hidden]; the embedding itself when tied
+
+
+def fingerprint(weights: ModelWeights) -> str:
+    """Tells checkpoints apart: a hash of 64 values of every matrix and bias, and the shapes."""
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = [weights.embed, weights.norm, weights.lm_head]
+    tensors += [t for layer in weights.layers for t in vars(layer).values()]
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(flat[:: max(1, len(flat) // 64)].float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from lib.checkpoints import model_config, write_checkpoint
 from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext import engine as engine_module
 from qwen1m_ext import model as model_module
+from qwen1m_ext.cost_model import prefill_flops
 from qwen1m_ext.errors import (
     BackendError,
     ConfigError,
@@ -19,7 +20,7 @@ from qwen1m_ext.errors import (
     MemoryBudgetError,
     RequestError,
 )
-from qwen1m_ext.prefill import Progress, prefill_flops
+from qwen1m_ext.events import Progress
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 

@@ -38,7 +38,9 @@ def test_no_two_tokens_share_a_slot(checkpoint: Path, steps: list[tuple[int, int
         sequence = sequences[which]
         if amount <= 200:
             try:
-                slots[which] += sequence.append(amount).tolist()
+                begin = sequence.length
+                sequence.append(amount)
+                slots[which] += sequence.slots(begin, begin + amount).tolist()
             except MemoryBudgetError:
                 assert sequence.length == len(slots[which])
         else:

@@ -34,7 +34,7 @@ llm.generate({"prompt_token_ids": ids}, once)
 print(json.dumps({
     "growth": resident_bytes() - before,
     "pages": tokens // 128 * engine.cache.page_bytes,
-    "activations": activation_bytes(engine.config, engine.dtype, engine.chunk_tokens),
+    "activations": activation_bytes(engine.config, engine.dtype, engine.step_tokens),
     "workspace": sum(t.nbytes for t in vars(engine.model.workspace).values()
                      if isinstance(t, torch.Tensor)),
 }))

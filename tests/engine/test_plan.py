@@ -15,6 +15,7 @@ from qwen1m_ext import LLM
 from qwen1m_ext.attention import Rotary
 from qwen1m_ext.cli import main
 from qwen1m_ext.config import ModelConfig, read_config
+from qwen1m_ext.cost_model import prefill_flops
 from qwen1m_ext.errors import ConfigError, MemoryBudgetError
 from qwen1m_ext.estimate import (
     CARDS,
@@ -28,7 +29,6 @@ from qwen1m_ext.kv_cache import KVCache
 from qwen1m_ext.model import Workspace
 from qwen1m_ext.plan import FP8, Deployment, fit_context, largest_context, memory_plan
 from qwen1m_ext.planner import Report, cheapest_changes, plan_report
-from qwen1m_ext.prefill import prefill_flops
 from qwen1m_ext.weights import expected_shapes
 
 BF16 = torch.bfloat16

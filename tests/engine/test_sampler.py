@@ -11,7 +11,7 @@ from scipy import stats
 
 from qwen1m_ext.errors import RequestError, WeightsError
 from qwen1m_ext.request import SamplingParams
-from qwen1m_ext.sampler import Sampler, top_logprobs
+from qwen1m_ext.sampler import Sampler, rank_tokens, with_texts
 
 VOCAB = 12
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 0.25, 1.25, -3.0, 0.75, -2.0])
@@ -152,7 +152,7 @@ def test_seeds() -> None:
 
 def test_top_logprobs() -> None:
     logits = torch.stack([LOGITS, LOGITS.flip(0)])
-    rows = top_logprobs(logits, torch.tensor([9, 11]), 2, None)
+    rows = [with_texts(row, None) for row in rank_tokens(logits, torch.tensor([9, 11]), 2)]
     want = torch.log_softmax(logits.double(), -1)
     assert list(rows[0]) == [9, 0, 1] and list(rows[1]) == [11, 10]
     assert rows[0][9].rank == 12 and rows[0][1].rank == 2 and rows[1][11].rank == 1

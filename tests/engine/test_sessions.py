@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen1m_ext import LLM, SamplingParams
-from qwen1m_ext.prefill import Progress
+from qwen1m_ext.events import Progress
 from qwen1m_ext.request import RequestOutput
 from qwen1m_ext.sessions import Session
 

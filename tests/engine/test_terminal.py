@@ -7,7 +7,7 @@ import io
 import pytest
 
 from qwen1m_ext import terminal
-from qwen1m_ext.prefill import Progress
+from qwen1m_ext.events import Progress
 
 
 class Screen(io.StringIO):

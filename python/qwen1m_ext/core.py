@@ -1,0 +1,259 @@
+"""The engine's three threads: scheduler, model runner, output processor.
+
+They talk through queues and never wait for one another's answers. The scheduler keeps up to two
+steps with the runner: one that runs and one that is planned. The runner hands its tokens to the
+output processor and goes on with the next step at once; the scheduler hears of both later.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import BackendError, RequestError
+from .events import EngineStats, RequestStatus, State
+from .output_processor import OutputProcessor
+from .runner import ModelRunner, StepResult
+from .scheduler import Scheduler
+from .sequence import Request, Sequence, Step
+
+STEPS_AHEAD = 2
+"""Steps with the runner: one runs, one waits for it."""
+
+Command = Callable[[], None]
+
+
+@dataclass
+class Span:
+    """What a thread did, for traces: seconds of `time.perf_counter`."""
+
+    thread: str
+    begin: float
+    end: float
+    step: int = 0
+
+
+class Core:
+    """Owns the threads; they start with the first request."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        make_outputs: Callable[[Callable[[Sequence, int], None]], OutputProcessor],
+    ) -> None:
+        """`make_outputs(on_finish)` makes the output processor."""
+        self.scheduler, self.runner = scheduler, runner
+        self.outputs = make_outputs(self._on_finish)
+        self.requests: dict[str, Request] = {}  # not yet released
+        self.trace: list[Span] | None = None
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._in_flight = 0
+        self._prompt_tokens = self._cached_tokens = 0
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._closing = False
+        self._error: BaseException | None = None
+        self._idle = threading.Condition(self._lock)
+
+    # --- from any thread --------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its handle is set."""
+        with self._lock:
+            if self._closing:
+                raise BackendError("engine: expected a running one, got one that is shut down")
+            if self._error is not None:
+                raise BackendError(f"engine: stopped by an error: {self._error!r}")
+            if request.request_id in self.requests:
+                raise RequestError(f"request_id: expected a new one, got {request.request_id!r}")
+            self.requests[request.request_id] = request
+            if not self._threads:
+                self._start()
+        self._inbox.put(lambda: self.scheduler.add(request))
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request within one chunk."""
+        request.stop()
+        self._inbox.put(lambda: self.scheduler.residency.cancel(request))
+
+    def call(self, command: Command) -> None:
+        """Run something on the scheduler's thread."""
+        self._inbox.put(command)
+
+    def post(self, command: Command) -> None:
+        """Run something on the output processor's thread, in order with the tokens."""
+        self._results.put(command)
+
+    def stats(self) -> EngineStats:
+        """Counts at this moment."""
+        residency, outputs = self.scheduler.residency, self.outputs
+        allocator = residency.cache.allocator
+        return EngineStats(
+            requests_waiting=len({s.request.request_id for s in tuple(residency.waiting)}),
+            requests_running=len({s.request.request_id for s in tuple(residency.running)}),
+            pages_total=allocator.num_pages,
+            pages_used=allocator.num_pages - allocator.num_free,
+            pages_cached=allocator.num_idle,
+            pages_pinned=residency.prefixes.num_pinned,
+            preemptions_total=residency.preemptions,
+            evictions_total=allocator.evictions,
+            prompt_tokens_total=self._prompt_tokens,
+            cached_tokens_total=self._cached_tokens,
+            output_tokens_total=outputs.output_tokens,
+            discarded_tokens_total=residency.discarded,
+            steps_total=self.scheduler.steps,
+            requests_finished=dict(outputs.finished),
+        )
+
+    def status(self, request: Request) -> RequestStatus:
+        """A request at this moment."""
+        total = len(request.prompt)
+        done = min(total, int(request.done))
+        outputs = request.metrics.output_tokens
+        work = self.scheduler.cost.prefill_seconds
+        sparse = request.policy.sparse
+        eta: float | None = None
+        if request.request_id not in self.requests:
+            state: State = "finished"
+        elif request.prefilled or outputs:
+            state, eta = "decode", 0.0
+        elif request.started is not None:
+            state = "prefill"
+            finished = work(request.cached, done, sparse)
+            if finished > 0:
+                elapsed = time.perf_counter() - request.started
+                eta = elapsed * work(done, total, sparse) / finished
+            else:
+                eta = work(done, total, sparse)
+        else:
+            state, mine = "queued", (request.priority, request.arrival)
+            ahead = [r for r in tuple(self.requests.values()) if (r.priority, r.arrival) < mine]
+            eta = work(0, total, sparse) + sum(
+                work(int(r.done), len(r.prompt), r.policy.sparse) for r in ahead if not r.prefilled
+            )
+        return RequestStatus(request.request_id, state, done, total, request.cached, eta, outputs)
+
+    def shutdown(self, drain: bool) -> None:
+        """End the threads, after all requests are done (`drain`) or cancelled; idempotent."""
+        with self._lock:
+            self._closing = True
+            threads, requests = list(self._threads), list(self.requests.values())
+        if threads and threading.current_thread() not in threads:
+            if not drain:
+                for request in requests:
+                    self.cancel(request)
+            with self._idle:
+                self._idle.wait_for(lambda: not self.requests or self._error is not None)
+        self._inbox.put(None)
+        if threading.current_thread() not in threads:
+            for thread in threads:
+                thread.join()
+
+    # --- the threads ------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        for name, loop in (
+            ("scheduler", self._schedule),
+            ("runner", self._run),
+            ("outputs", self._process),
+        ):
+            thread = threading.Thread(target=self._guard, args=(loop,), name=f"qwen1m {name}")
+            thread.daemon = True
+            self._threads.append(thread)
+            thread.start()
+
+    def _guard(self, loop: Callable[[], None]) -> None:
+        """A bug must not leave callers waiting: they get the error."""
+        try:
+            loop()
+        except BaseException as error:
+            self._error = error
+            self._inbox.put(None)
+            for request in tuple(self.requests.values()):
+                request.fail(error)
+                self._release(request)
+            raise
+
+    def _schedule(self) -> None:
+        while True:
+            command = self._inbox.get()
+            begin = time.perf_counter()
+            while command is not None:
+                command()
+                try:
+                    command = self._inbox.get_nowait()
+                except queue.Empty:
+                    break
+            if command is None:
+                break
+            while True:
+                while self._in_flight < STEPS_AHEAD and (step := self.scheduler.plan()):
+                    self._in_flight += 1
+                    self._steps.put(step)
+                if not self._take_released():
+                    break  # else there may be room for somebody who waits
+            self._note("scheduler", begin, self.scheduler.steps)
+        self._steps.put(None)
+        self._results.put(None)
+
+    def _run(self) -> None:
+        while (step := self._steps.get()) is not None:
+            begin = time.perf_counter()
+            result = self.runner.run(step)
+            if result.sampled:
+                self._results.put(lambda r=result: self._push(r))  # type: ignore[misc]
+            self._inbox.put(lambda r=result: self._retire(r))  # type: ignore[misc]
+            self._note("runner", begin, step.number)
+
+    def _process(self) -> None:
+        while (command := self._results.get()) is not None:
+            begin = time.perf_counter()
+            command()
+            self._note("outputs", begin, 0)
+
+    # --- on the scheduler's thread ----------------------------------------------------------------
+
+    def _retire(self, result: StepResult) -> None:
+        self._in_flight -= 1
+        self.scheduler.retire(result.step, result.done, result.seconds)
+        for request in {piece.sequence.request for piece in result.step.pieces}:
+            if request.stopped:
+                self.scheduler.residency.cancel(request)
+
+    def _take_released(self) -> bool:
+        residency = self.scheduler.residency
+        taken, residency.released = residency.released, []
+        for sequence in taken:
+            request = sequence.request
+            if all(s.released for s in request.samples):
+                self._prompt_tokens += len(request.prompt)
+                self._cached_tokens += request.cached
+                self._results.put(lambda r=request: self._release(r))  # type: ignore[misc]
+        return bool(taken)
+
+    # --- on the output processor's thread ---------------------------------------------------------
+
+    def _push(self, result: StepResult) -> None:
+        for sequence, token, candidates in result.sampled:
+            self.outputs.push(sequence, token, candidates)
+            if sequence.request.stopped:  # a callback raised
+                self.cancel(sequence.request)
+
+    def _on_finish(self, sequence: Sequence, outputs: int) -> None:
+        self._inbox.put(lambda: self.scheduler.residency.finish(sequence, outputs))
+
+    def _release(self, request: Request) -> None:
+        with self._idle:
+            self.requests.pop(request.request_id, None)
+            self._idle.notify_all()
+        self.outputs.released(request)
+
+    def _note(self, thread: str, begin: float, step: int) -> None:
+        if self.trace is not None:
+            self.trace.append(Span(thread, begin, time.perf_counter(), step))

@@ -1,0 +1,150 @@
+"""What a step costs: one model for chunk sizes, for the time left and for the latency cap.
+
+    t(step) = c + sum over prefill pieces (b x + a pairs) + sum over decodes (d + g keys)
+
+with x the tokens of a piece and pairs its (query, key) pairs, (end^2 - begin^2) / 2. Dense and
+sparse pieces have coefficients of their own; a sparse piece pays for tokens and for the keys that
+its estimate reads. The coefficients start from counted operations and are refined from every
+measured step: least squares of the relative errors, none negative, old steps fading. Where the
+steps say nothing (no long prompt yet) the counted proportions stay, scaled to the measured speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .config import ModelConfig
+
+ASSUMED_FLOPS = 50e9
+"""Operations per second before anything has been measured."""
+
+FADING = 0.998
+"""Weight of the past per step: about the last 500 count."""
+
+PRIOR_WEIGHT = 0.05
+"""Weight of the counted proportions, in steps."""
+
+_SWEEPS = 40
+
+
+def prefill_flops(config: ModelConfig, begin: int, end: int) -> float:
+    """Multiply-adds times two of the tokens [begin, end): linear layers plus causal attention."""
+    pairs = (end - begin) * (end + begin + 1) / 2
+    return (end - begin) * _linear_flops(config) + pairs * _pair_flops(config)
+
+
+def _linear_flops(config: ModelConfig) -> float:
+    """Of one token in all layers, without attention."""
+    layer = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
+    layer += 3 * config.hidden_size * config.intermediate_size
+    return 2.0 * config.num_layers * layer
+
+
+def _pair_flops(config: ModelConfig) -> float:
+    """Of one query token and one key."""
+    return 4.0 * config.num_layers * config.q_size
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens [begin, end) of one sequence in a step."""
+
+    begin: int
+    end: int
+    decode: bool = False
+    sparse: bool = False
+
+
+class CostModel:
+    """Seconds of steps. One thread observes; any may ask."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Start from the counted operations of a model."""
+        linear, pair = _linear_flops(config), _pair_flops(config)
+        head = 2.0 * config.hidden_size * config.vocab_size
+        flops = (
+            linear,  # c: a step's fixed cost, about a token's
+            linear, pair,  # dense: per token, per pair
+            linear + 1024 * pair, 64 * pair,  # sparse: per token, per key of the estimate
+            linear + head, pair,  # decode: per sequence, per key
+        )  # fmt: skip
+        self._prior = [f / ASSUMED_FLOPS for f in flops]
+        n = len(flops)
+        self._normal = [[0.0] * n for _ in range(n)]  # of features in units of the prior
+        self._right = [0.0] * n
+        self._scale = [1.0] * n  # coefficients in units of the prior
+        self._predicted = self._measured = 0.0  # fading sums: the machine's speed
+        self.steps = 0  # measured
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """Predicted time of a step."""
+        coefficients = self._coefficients()
+        return sum(c * f for c, f in zip(coefficients, _features(work), strict=True))
+
+    def prefill_seconds(self, begin: int, end: int, sparse: bool = False) -> float:
+        """Predicted time of the tokens [begin, end) of a prompt, steps' fixed costs left out."""
+        return self.seconds([Work(begin, end, sparse=sparse)]) - self._coefficients()[0]
+
+    def chunk(self, begin: int, seconds: float, sparse: bool = False) -> int:
+        """Largest number of tokens from `begin` on whose cost fits in `seconds`; perhaps 0."""
+        if math.isinf(seconds):
+            return 1 << 62
+        _, b, a, sb, sg, _, _ = self._coefficients()
+        if sparse:  # each token pays for itself; the estimate once for the keys before it
+            rest = seconds - sg * begin
+            return max(0, int(rest / (sb + sg)))
+        # a (x^2 / 2 + begin x) + b x = seconds
+        p = b + a * begin
+        if a * seconds < 1e-9 * p * p:
+            return max(0, int(seconds / p)) if p > 0 else 1 << 62
+        return max(0, int((math.sqrt(p * p + 2 * a * seconds) - p) / a))
+
+    def observe(self, work: Iterable[Work], seconds: float) -> None:
+        """Learn from a measured step."""
+        features = [f * p for f, p in zip(_features(work), self._prior, strict=True)]
+        prior = sum(features)
+        if not (seconds > 0 and prior > 0):
+            return
+        self._predicted = FADING * self._predicted + 1
+        self._measured = FADING * self._measured + math.log(seconds / prior)
+        row = [f / seconds for f in features]
+        for i, x in enumerate(row):
+            self._right[i] = FADING * self._right[i] + x
+            target = self._normal[i]
+            for j, y in enumerate(row):
+                target[j] = FADING * target[j] + x * y
+        self.steps += 1
+        prefills = features[1] or features[3]
+        if prefills or self.steps % 16 == 0:  # a fit costs some 0.3 ms: not after every token
+            self._fit()
+
+    def _coefficients(self) -> list[float]:
+        return [s * p for s, p in zip(self._scale, self._prior, strict=True)]
+
+    def _fit(self) -> None:
+        """Coordinate descent of |row . scale - 1|^2 + prior (scale / speed - 1)^2, scale >= 0."""
+        speed = math.exp(self._measured / self._predicted)
+        pull = PRIOR_WEIGHT / (speed * speed)
+        scale = [max(s, 0.0) for s in self._scale]
+        for _ in range(_SWEEPS):
+            for i, row in enumerate(self._normal):
+                rest = sum(r * s for r, s in zip(row, scale, strict=True)) - row[i] * scale[i]
+                scale[i] = max(0.0, (self._right[i] - rest + pull * speed) / (row[i] + pull))
+        self._scale = scale
+
+
+def _features(work: Iterable[Work]) -> tuple[float, ...]:
+    dense_tokens = dense_pairs = sparse_tokens = sparse_keys = decodes = decode_keys = 0.0
+    for piece in work:
+        if piece.decode:
+            decodes += 1
+            decode_keys += piece.end
+        elif piece.sparse:
+            sparse_tokens += piece.end - piece.begin
+            sparse_keys += piece.end
+        else:
+            dense_tokens += piece.end - piece.begin
+            dense_pairs += (piece.end**2 - piece.begin**2) / 2
+    return 1.0, dense_tokens, dense_pairs, sparse_tokens, sparse_keys, decodes, decode_keys
