@@ -9,6 +9,7 @@
 
 #include "common/cpu_features.h"
 #include "common/sparse/public_tiles.h"
+#include "qwen1m/decode_attention.h"
 #include "qwen1m/dual_chunk.h"
 
 namespace py = pybind11;
@@ -81,6 +82,24 @@ PYBIND11_MODULE(_host, m) {
         py::arg("kv_len"), py::arg("shift"), py::arg("causal"),
         "What public implementations load for 64 rows: ([(begin, end)] of keys, the end of the "
         "columns); csrc/common/sparse/public_tiles.h.");
+  m.def(
+      "decode_attention_scratch_bytes",
+      [](int64_t batch, int64_t q_tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
+         int64_t max_tokens, int64_t chunk_size, int64_t local_size, int num_sms) {
+        return decode_attention_scratch_bytes(
+            {.batch = batch,
+             .q_tokens = q_tokens,
+             .q_heads = q_heads,
+             .kv_heads = kv_heads,
+             .head_dim = head_dim,
+             .max_tokens = max_tokens,
+             .dual_chunk = make_dual_chunk(chunk_size, local_size)},
+            num_sms);
+      },
+      py::arg("batch"), py::arg("q_tokens"), py::arg("q_heads"), py::arg("kv_heads"),
+      py::arg("head_dim"), py::arg("max_tokens"), py::arg("chunk_size"), py::arg("local_size"),
+      py::arg("num_sms"),
+      "Bytes of scratch that decode_attention needs on a GPU of num_sms multiprocessors.");
 
   py::class_<DualChunk>(m, "DualChunk", "Positions in tokens; see include/qwen1m/dual_chunk.h.")
       .def(py::init(&make_dual_chunk), py::arg("chunk_size") = kInfiniteChunk,

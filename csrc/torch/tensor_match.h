@@ -77,6 +77,7 @@ class TensorMatch {
     if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
     if constexpr (std::is_same_v<T, int32_t>) return ScalarType::Int;
     if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
+    if constexpr (std::is_same_v<T, uint8_t>) return ScalarType::Byte;
   }
 
   template <typename View>

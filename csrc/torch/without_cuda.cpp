@@ -52,7 +52,9 @@ STABLE_TORCH_LIBRARY_IMPL(qwen1m, CUDA, m) {
 #ifndef Q1M_CUDA_PREFILL_ATTENTION
   Q1M_WITHOUT_CUDA(prefill_attention);
 #endif
+#ifndef Q1M_CUDA_DECODE_ATTENTION
   Q1M_WITHOUT_CUDA(decode_attention);
+#endif
   Q1M_WITHOUT_CUDA(sparse_estimate);
   Q1M_WITHOUT_CUDA(sparse_plan);
   Q1M_WITHOUT_CUDA(sparse_prefill);

@@ -2,6 +2,7 @@
 
 #include "qwen1m/dual_chunk.h"
 #include "qwen1m/parallel_for.h"
+#include "qwen1m/stream.h"
 #include "qwen1m/tensor_view.h"
 
 namespace qwen1m {
@@ -9,7 +10,8 @@ namespace qwen1m {
 /// Attention of the few newest tokens of each sequence over its whole paged KV cache: the
 /// definition of prefill_attention.h with q_tokens query rows for every sequence, the work split
 /// over the keys and the partial results merged in fp32. A sequence with kv_len == 0 gives out = 0
-/// and lse = -inf. The split depends on kv_len alone, never on the number of threads.
+/// and lse = -inf. The split depends on kv_len alone (on a GPU also on the machine and the number
+/// of KV heads), never on the number of threads or on the other sequences.
 struct DecodeAttentionParams {
   AnyView<4> out;  // [batch, q_tokens, q_heads, D] written; fp32 or bf16; last dim contiguous
   TensorView<float, 3> lse;  // [batch, q_tokens, q_heads], natural log; data may be null
@@ -21,9 +23,26 @@ struct DecodeAttentionParams {
   TensorView<const float, 1> logit_scale;    // [batch], usually s(n)^2 / sqrt(D); > 0
   TensorView<const float, 3> rope_table;     // [rows, D/2, 2] (cos, sin), contiguous
   DualChunk dual_chunk;
+  TensorView<uint8_t, 1> scratch;  // GPU only, decode_attention_scratch_bytes; zero at first, then
+                                   // reused as it is by calls of any shape, one after the other
 };
 
 /// D is a multiple of 16. Throws qwen1m::Error on an argument that does not fit.
 void decode_attention_cpu(const DecodeAttentionParams&, const ParallelFor&);
+
+/// bf16, D 64 or 128. One launch; nothing is read on the host, so that a graph may hold it.
+/// Lengths, page numbers and scales are the caller's responsibility. Throws qwen1m::Error on an
+/// argument that does not fit.
+void decode_attention_cuda(const DecodeAttentionParams&, Stream);
+
+/// What the scratch depends on.
+struct DecodeAttentionShape {
+  int64_t batch, q_tokens, q_heads, kv_heads, head_dim;
+  int64_t max_tokens;  // of a sequence: max_pages * 128
+  DualChunk dual_chunk;
+};
+
+/// Bytes of scratch of decode_attention_cuda on a GPU of num_sms multiprocessors.
+int64_t decode_attention_scratch_bytes(const DecodeAttentionShape&, int num_sms);
 
 }  // namespace qwen1m

@@ -4,6 +4,17 @@ PAGE_SIZE: int
 INFINITE_CHUNK: int
 
 def build_info() -> dict[str, Any]: ...
+def decode_attention_scratch_bytes(
+    batch: int,
+    q_tokens: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    max_tokens: int,
+    chunk_size: int,
+    local_size: int,
+    num_sms: int,
+) -> int: ...
 def public_tile(
     diagonals: list[int], first_row: int, kv_len: int, shift: int, causal: bool
 ) -> tuple[list[tuple[int, int]], int]: ...

@@ -139,6 +139,31 @@ def prefill_attention(
     )  # fmt: skip
 
 
+def decode_attention_scratch(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    chunk_size: int,
+    local_size: int,
+    num_sms: int | None = None,
+) -> Tensor:
+    """Scratch for `decode_attention` on the GPU of `q`, for calls of these shapes or smaller ones.
+
+    Zeros, uint8. Calls leave it as they need it; two of them must not use it at the same time.
+    num_sms: multiprocessors; default: those of q's GPU.
+    """
+    from . import _host
+
+    if num_sms is None:
+        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    batch, q_tokens, q_heads, head_dim = q.shape
+    count = _host.decode_attention_scratch_bytes(
+        batch, q_tokens, q_heads, k_cache.shape[1], head_dim, block_table.shape[1] * PAGE_SIZE,
+        chunk_size, local_size, num_sms,
+    )  # fmt: skip
+    return torch.zeros(count, dtype=torch.uint8, device=q.device)
+
+
 def decode_attention(
     out: Tensor,
     lse: Tensor | None,
@@ -151,14 +176,18 @@ def decode_attention(
     rope_table: Tensor,
     chunk_size: int,
     local_size: int,
+    scratch: Tensor | None = None,
 ) -> None:
     """Attention of the newest tokens; q and out: [batch, q_tokens, q_heads, D], un-rotated q.
 
     The other arguments are those of `prefill_attention`; lse: [batch, q_tokens, q_heads].
+    scratch: of `decode_attention_scratch`, for a GPU; made for this call if left out there.
     """
+    if scratch is None and q.is_cuda:
+        scratch = decode_attention_scratch(q, k_cache, block_table, chunk_size, local_size)
     _ops.decode_attention(
         out, lse, q, k_cache, v_cache, block_table, kv_len, logit_scale, rope_table,
-        chunk_size, local_size,
+        chunk_size, local_size, scratch,
     )  # fmt: skip
 
 

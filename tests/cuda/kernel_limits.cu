@@ -2,6 +2,8 @@
 // compiles this and looks for the kernels' names. A change here changes how many blocks share a
 // multiprocessor.
 #include "ops/embedding/embedding_kernel.cuh"
+#include "ops/decode_attention/decode_attention_sm80.cuh"
+#include "ops/decode_attention/decode_attention_sm90.cuh"
 #include "ops/prefill_attention/prefill_attention_sm80.cuh"
 #include "ops/prefill_attention/prefill_attention_sm90.cuh"
 #include "ops/qkv_rope_append/qkv_rope_append_kernel.cuh"
@@ -27,3 +29,17 @@ static_assert(fits<EmbeddingKernel, 1, 16, kSm80>(), "embedding_kernel");
 static_assert(fits<QkvRopeAppendKernel, 1, 16, kSm80>(), "qkv_rope_append_kernel");
 static_assert(fits<RmsNormKernel, 128, 16, kSm80>(), "rms_norm_kernel");
 static_assert(fits<SwigluKernel, 1, 8, kSm80>(), "swiglu_kernel");
+static_assert(fits<DecodeAttentionSm90<128, 1>, 103424, 2, kSm90>(),
+              "decode_attention_sm90_d128_r16");
+static_assert(fits<DecodeAttentionSm90<128, 2>, 107520, 2, kSm90>(),
+              "decode_attention_sm90_d128_r32");
+static_assert(fits<DecodeAttentionSm90<64, 1>, 101376, 2, kSm90>(),
+              "decode_attention_sm90_d64_r16");
+static_assert(fits<DecodeAttentionSm90<64, 2>, 103424, 2, kSm90>(),
+              "decode_attention_sm90_d64_r32");
+static_assert(fits<DecodeAttentionSm80<128, 1>, 70656, 2, kSm80>(),
+              "decode_attention_sm80_d128_r16");
+static_assert(fits<DecodeAttentionSm80<128, 2>, 74752, 2, kSm80>(),
+              "decode_attention_sm80_d128_r32");
+static_assert(fits<DecodeAttentionSm80<64, 1>, 68608, 2, kSm80>(), "decode_attention_sm80_d64_r16");
+static_assert(fits<DecodeAttentionSm80<64, 2>, 70656, 2, kSm80>(), "decode_attention_sm80_d64_r32");

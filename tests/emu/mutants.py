@@ -12,12 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _OP = "ops/prefill_attention/prefill_attention_"
-SM90, SM80, MASK, TILES, LAUNCH = (
-    _OP + name for name in ("sm90.cuh", "sm80.cuh", "mask.h", "tiles.h", "launch.h")
-)
+SM90, SM80, MASK, TILES = (_OP + name for name in ("sm90.cuh", "sm80.cuh", "mask.h", "tiles.h"))
 _COMMON = "common/attention/"
-TILE90, TILE80, ROWS, TILE = (
-    _COMMON + name for name in ("tile_sm90.cuh", "tile_sm80.cuh", "tile_rows.h", "prefill_tile.h")
+TILE90, TILE80, ROWS, TILE, LAUNCH = (
+    _COMMON + name
+    for name in (
+        "tile_sm90.cuh",
+        "tile_sm80.cuh",
+        "tile_rows.h",
+        "prefill_tile.h",
+        "attention_gpu.h",
+    )
 )
 RING = "arch/ring.h"
 
@@ -39,6 +44,7 @@ class Mutant:
         head_dim: 128 or 64.
         every_push: Part of `make test`; the others run in `make soak`.
         count: How often `old` occurs.
+        op: Whose kernel it is, "prefill" or "decode": the driver that runs it.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Mutant:
     head_dim: int = 128
     every_push: bool = False
     count: int = 1
+    op: str = "prefill"
 
 
 def _mutant(
@@ -59,18 +66,18 @@ def _mutant(
     return Mutant(name, file, old, new, frozenset(detectors), **({"kernel": kernel} | options))
 
 
-_RAW, _WAR, _WAW = "race-read-after-write", "race-write-after-read", "race-write-after-write"
+RAW, WAR, WAW = "race-read-after-write", "race-write-after-read", "race-write-after-write"
 
 MUTANTS = (
     # --- mbarriers -----------------------------------------------------------------------------
     _mutant("consumer waits for the wrong parity", RING,
             "mbarrier_wait(full[stage], round Q1M", "mbarrier_wait(full[stage], round ^ 1 Q1M",
-            DEADLOCK, _RAW, _WAR, every_push=True),
+            DEADLOCK, RAW, WAR, every_push=True),
     _mutant("producer waits for the wrong parity", RING,
             "mbarrier_wait(free[stage], round ^ 1", "mbarrier_wait(free[stage], round",
             DEADLOCK, every_push=True),
     _mutant("the ring's parity never flips", RING, "round ^= 1;", "round ^= 0;",
-            DEADLOCK, _RAW, _WAR, _WAW, "mbarrier-overarrive"),
+            DEADLOCK, RAW, WAR, WAW, "mbarrier-overarrive"),
     _mutant("keys are never released", TILE90,
             "      arch::wgmma_wait<1>(s);\n"
             "      if (lane == 0) arch::mbarrier_arrive(k_free[k_ring.stage]);\n",
@@ -78,48 +85,48 @@ MUTANTS = (
     _mutant("values are never released", TILE90,
             "      if (lane == 0) arch::mbarrier_arrive(v_free[v_ring.stage]);\n", "", DEADLOCK),
     _mutant("all lanes release", TILE90, "if (lane == 0) arch::mbarrier_arrive(v_free",
-            "arch::mbarrier_arrive(v_free", "mbarrier-overarrive", DEADLOCK, _WAR),
+            "arch::mbarrier_arrive(v_free", "mbarrier-overarrive", DEADLOCK, WAR),
     _mutant("free barriers count too few warps", TILE90, "constexpr int kConsumerWarps = kConsumerThreads / 32;",
-            "constexpr int kConsumerWarps = 2;", "mbarrier-overarrive", _WAR, DEADLOCK),
+            "constexpr int kConsumerWarps = 2;", "mbarrier-overarrive", WAR, DEADLOCK),
     _mutant("the first keys are released before they are read", TILE90,
             "    arch::wgmma_wait<0>(s);\n"
             "    if (lane == 0) arch::mbarrier_arrive(k_free[k_ring.stage]);\n",
             "    if (lane == 0) arch::mbarrier_arrive(k_free[k_ring.stage]);\n"
-            "    arch::wgmma_wait<0>(s);\n", _WAR, _RAW),
+            "    arch::wgmma_wait<0>(s);\n", WAR, RAW),
     _mutant("values are released before they are read", TILE90,
             "      arch::wgmma_wait<0>(o, probabilities);\n"
             "      if (lane == 0) arch::mbarrier_arrive(v_free[v_ring.stage]);\n",
             "      if (lane == 0) arch::mbarrier_arrive(v_free[v_ring.stage]);\n"
-            "      arch::wgmma_wait<0>(o, probabilities);\n", _WAR, every_push=True),
+            "      arch::wgmma_wait<0>(o, probabilities);\n", WAR, every_push=True),
     _mutant("producer does not wait for free keys", SM90,
             "      ring.wait_free(Q1M_SHARED_MEMBER(smem, k_free));\n", "",
-            "mbarrier-overarrive", "mbarrier-phase", _WAR, _WAW, DEADLOCK, every_push=True),
+            "mbarrier-overarrive", "mbarrier-phase", WAR, WAW, DEADLOCK, every_push=True),
     _mutant("producer does not wait for free values", SM90,
             "      ring.wait_free(Q1M_SHARED_MEMBER(smem, v_free));\n", "",
-            "mbarrier-overarrive", "mbarrier-phase", _WAR, _WAW, DEADLOCK),
+            "mbarrier-overarrive", "mbarrier-phase", WAR, WAW, DEADLOCK),
     _mutant("consumer does not wait for keys", SM90,
-            "      ring.wait_full(k_full);\n", "", _RAW, "uninitialised", "mbarrier-overarrive", _WAR),
+            "      ring.wait_full(k_full);\n", "", RAW, "uninitialised", "mbarrier-overarrive", WAR),
     _mutant("consumer does not wait for values", TILE90,
             "      v_ring.wait_full(v_full);\n      multiply_pv",
-            "      multiply_pv", _RAW, "uninitialised", _WAR),
+            "      multiply_pv", RAW, "uninitialised", WAR),
     _mutant("too few bytes expected", SM90, "mbarrier_arrive_expect_tx(full, Tile::kBlockBytes)",
-            "mbarrier_arrive_expect_tx(full, Tile::kBlockBytes / 2)", "mbarrier-phase", "mbarrier-bytes", _RAW, _WAR, DEADLOCK,
+            "mbarrier_arrive_expect_tx(full, Tile::kBlockBytes / 2)", "mbarrier-phase", "mbarrier-bytes", RAW, WAR, DEADLOCK,
             every_push=True),
     _mutant("too many bytes expected", SM90, "mbarrier_arrive_expect_tx(full, Tile::kBlockBytes)",
             "mbarrier_arrive_expect_tx(full, Tile::kBlockBytes + 128)", DEADLOCK, "mbarrier-bytes"),
     _mutant("a page of values is not loaded", SM90,
             "      load_page(p.v_map, Q1M_SHARED_MEMBER(smem, v)[ring.stage],\n"
             "                Q1M_SHARED_MEMBER(smem, v_full)[ring.stage], tile.kv_head, current);\n",
-            "", DEADLOCK, _RAW),
+            "", DEADLOCK, RAW),
     _mutant("no fence after the inits", TILE90, "    arch::fence_mbarrier_init();\n", "",
             "proxy-fence", every_push=True),
     _mutant("nobody waits for the inits", SM90, "    arch::block_sync();\n    if (arch::warp_index() < 4)",
             "    if (arch::warp_index() < 4)", "mbarrier-init-race", "mbarrier-invalid"),
     # --- wgmma ---------------------------------------------------------------------------------
     _mutant("scores are read while they are computed", TILE90, "      arch::wgmma_wait<1>(s);\n",
-            "", "wgmma-accumulator", _WAR, every_push=True),
+            "", "wgmma-accumulator", WAR, every_push=True),
     _mutant("the wait for scores is too weak", TILE90, "arch::wgmma_wait<1>(s)",
-            "arch::wgmma_wait<2>(s)", "wgmma-accumulator", "wgmma-wait-list", _WAR),
+            "arch::wgmma_wait<2>(s)", "wgmma-accumulator", "wgmma-wait-list", WAR),
     _mutant("the output is rescaled while it is computed", TILE90,
             "      softmax.rescale(o);\n", "", NUMBERS),
     _mutant("the output is rescaled before its wait", TILE90,
@@ -144,23 +151,23 @@ MUTANTS = (
             "          arch::matrix_descriptor(k + offset, 16, 1024, arch::Swizzle::k128), step > 0);\n"
             "    }\n    arch::wgmma_commit();\n",
             "          arch::matrix_descriptor(k + offset, 16, 1024, arch::Swizzle::k128), step > 0);\n"
-            "    }\n", "wgmma-accumulator", _WAR, _RAW),
+            "    }\n", "wgmma-accumulator", WAR, RAW),
     _mutant("outputs are never committed", TILE90,
             "kPanelBytes, 1024, arch::Swizzle::k128), true);\n    }\n    arch::wgmma_commit();\n",
             "kPanelBytes, 1024, arch::Swizzle::k128), true);\n    }\n",
-            "wgmma-accumulator", "exit-in-flight", _WAR),
+            "wgmma-accumulator", "exit-in-flight", WAR),
     _mutant("keys with the wrong stride", TILE90, "matrix_descriptor(k + offset, 16, 1024",
             "matrix_descriptor(k + offset, 16, 512", NUMBERS, every_push=True),
     _mutant("values with the wrong leading stride", TILE90, "v + step * 2048, kPanelBytes, 1024",
             "v + step * 2048, 16, 1024", NUMBERS),
     _mutant("values with swapped strides", TILE90, "v + step * 2048, kPanelBytes, 1024",
-            "v + step * 2048, 1024, kPanelBytes", NUMBERS, "shared-bounds", _RAW),
+            "v + step * 2048, 1024, kPanelBytes", NUMBERS, "shared-bounds", RAW),
     _mutant("values with a 64-byte swizzle", TILE90,
             "v + step * 2048, kPanelBytes, 1024, arch::Swizzle::k128",
             "v + step * 2048, kPanelBytes, 1024, arch::Swizzle::k64", NUMBERS, "shared-bounds",
-            "wgmma-descriptor", _RAW),
+            "wgmma-descriptor", RAW),
     _mutant("values as K-major", TILE90, "arch::wgmma_rs<D, arch::Major::kMN>",
-            "arch::wgmma_rs<D, arch::Major::kK>", NUMBERS, "shared-bounds", _RAW),
+            "arch::wgmma_rs<D, arch::Major::kK>", NUMBERS, "shared-bounds", RAW),
     _mutant("pages arrive without a swizzle", LAUNCH, "arch::Swizzle::k128", "arch::Swizzle::kNone",
             NUMBERS, "tensor-map"),
     # --- Proxies and thread barriers -----------------------------------------------------------
@@ -171,10 +178,10 @@ MUTANTS = (
             "arch::Vec16{});\n    }\n    arch::fence_proxy_async();\n", "arch::Vec16{});\n    }\n",
             "proxy-fence"),
     _mutant("no barrier after the tail is zeroed", TILE90,
-            "    arch::named_barrier_sync<kConsumers>(kConsumerThreads);\n", "", _RAW, "proxy-fence"),
+            "    arch::named_barrier_sync<kConsumers>(kConsumerThreads);\n", "", RAW, "proxy-fence"),
     _mutant("queries are multiplied before all of the warpgroup has written them", TILE90,
             "keys.stage(), group);\n    take_turn(group);\n", "keys.stage(), group);\n",
-            _RAW, "uninitialised", "named-barrier"),
+            RAW, "uninitialised", "named-barrier"),
     _mutant("a turn is lost", TILE90, "    if (group == 1) pass_turn(1);  // warpgroup 0 begins\n", "",
             DEADLOCK, every_push=True),
     _mutant("the two warpgroups count a barrier differently", TILE90,
@@ -183,9 +190,9 @@ MUTANTS = (
     _mutant("output goes through the other warpgroup's queries", TILE90,
             "store(p, tile, {Q1M_SHARED_MEMBER(smem, q)}, warp * 16, o);",
             "store(p, tile, {Q1M_SHARED_MEMBER(smem, q)}, (warp ^ 4) * 16, o);",
-            _WAR, NUMBERS),
+            WAR, NUMBERS),
     _mutant("no warp barrier before the output rows are read", TILE90,
-            "    arch::warp_sync();\n    store_rows", "    store_rows", _RAW),
+            "    arch::warp_sync();\n    store_rows", "    store_rows", RAW),
     _mutant("output without the swizzle", TILE90, "arch::stmatrix_x4(rows.at(first_row + lane % 16, j + lane / 16)",
             "arch::stmatrix_x4(rows.at(first_row + lane % 16, (j + lane / 16) ^ 1)", NUMBERS),
     _mutant("a shuffle without all lanes", ROWS, "      l[h] += arch::shuffle_xor(l[h], 1);\n",
@@ -228,15 +235,15 @@ MUTANTS = (
     # --- sm_80 ---------------------------------------------------------------------------------
     _mutant("sm_80: keys are not waited for", SM80,
             "      arch::cp_async_wait<0>();\n      arch::block_sync();  // keys",
-            "      arch::block_sync();  // keys", _RAW, "uninitialised", every_push=True),
+            "      arch::block_sync();  // keys", RAW, "uninitialised", every_push=True),
     _mutant("sm_80: values are not waited for", SM80,
             "      arch::cp_async_wait<0>();\n      arch::block_sync();  // values",
-            "      arch::block_sync();  // values", _RAW, "uninitialised"),
+            "      arch::block_sync();  // values", RAW, "uninitialised"),
     _mutant("sm_80: no barrier in front of the keys' use", SM80,
             "      arch::block_sync();  // keys are here; the values of the block before are done with\n",
-            "", _RAW, _WAR, every_push=True),
+            "", RAW, WAR, every_push=True),
     _mutant("sm_80: no barrier in front of the values' use", SM80,
-            "      arch::block_sync();  // values are here; the keys are done with\n", "", _RAW, _WAR),
+            "      arch::block_sync();  // values are here; the keys are done with\n", "", RAW, WAR),
     _mutant("sm_80: keys behind the tile are not zeroed", SM80, "walk.first_key() + row < walk.end);",
             "true);", NUMBERS),
     _mutant("sm_80: values not transposed", TILE80, "arch::ldmatrix_x4_transposed(r, v", "arch::ldmatrix_x4(r, v",
@@ -244,7 +251,7 @@ MUTANTS = (
     _mutant("sm_80: the tile is read before it is put aside", SM80,
             "      arch::shared_store(Q1M_SHARED_MEMBER(to, row), tile.row);\n    }\n    arch::block_sync();\n",
             "      arch::shared_store(Q1M_SHARED_MEMBER(to, row), tile.row);\n    }\n",
-            _RAW, "uninitialised"),
+            RAW, "uninitialised"),
     _mutant("sm_80: swapped key fragments", TILE80, "{r[0], r[1]});\n          arch::mma_m16n8k16(quad(s[half], j + 1)",
             "{r[1], r[0]});\n          arch::mma_m16n8k16(quad(s[half], j + 1)", NUMBERS),
 )  # fmt: skip

@@ -14,104 +14,23 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <set>
 #include <string>
 #include <vector>
 
-#include "arch/emu/emulator.h"
-#include "inputs.h"
+#include "attention_case.h"
 #include "ops/prefill_attention/prefill_attention_launch.h"
 #include "qwen1m/error.h"
 
 namespace qwen1m {
 namespace {
 
-// chunk_len 208: borders at 208, 416 and 624; the last page is [512, 633), with a border inside.
+using test::Buffer;
+using test::kChunks;
+using test::kNan;
+
+// Borders at 208, 416 and 624; the last page is [512, 633), with a border inside.
 constexpr int64_t kHeads = 2, kKvLen = 633, kRows = 280;
-constexpr DualChunk kChunks{.chunk_size = 250, .local_size = 42};
-const float kNan = std::numeric_limits<float>::quiet_NaN();
-
-/// Memory that the kernel may touch.
-template <typename T>
-struct Buffer {
-  std::vector<T> values;
-  Buffer(std::vector<T> v, const char* name, bool writable = false) : values(std::move(v)) {
-    arch::emu::register_global(values.data(), values.size() * sizeof(T), name, writable);
-  }
-  ~Buffer() { arch::emu::unregister_global(values.data()); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
-struct Inputs {
-  int64_t dim;
-  float logit_scale;
-  std::vector<bf16> q, k, v;  // [row, head, dim], [key, dim]
-  std::vector<float> table;   // [position, dim / 2, 2]
-
-  explicit Inputs(int64_t head_dim)
-      : dim(head_dim),
-        logit_scale(3.0f / std::sqrt(static_cast<float>(head_dim))),
-        q(test::random_values<bf16>(kRows * kHeads * dim, 1, 1.7f)),
-        k(test::random_values<bf16>(kKvLen * dim, 2, 1.7f)),
-        v(test::random_values<bf16>(kKvLen * dim, 3, 1.7f)) {
-    for (int64_t position = 0; position <= kChunks.chunk_size; ++position) {
-      for (int64_t i = 0; i < dim / 2; ++i) {
-        const double phase =
-            static_cast<double>(position) *
-            std::pow(1e4, -2.0 * static_cast<double>(i) / static_cast<double>(dim));
-        table.push_back(static_cast<float>(std::cos(phase)));
-        table.push_back(static_cast<float>(std::sin(phase)));
-      }
-    }
-  }
-};
-
-/// The definition, float64. Keys are taken as they lie in the cache.
-void reference(const Inputs& in, int64_t row, int64_t head, std::vector<double>& out, double& lse) {
-  const int64_t token = kKvLen - kRows + row, half = in.dim / 2;
-  std::vector<double> logits;
-  for (int64_t j = 0; j <= token; ++j) {
-    const int64_t distance = kChunks.chunk(token) - kChunks.chunk(j);
-    const int64_t position = distance == 0   ? kChunks.intra_position(token)
-                             : distance == 1 ? kChunks.successive_position(token)
-                                             : kChunks.inter_position();
-    const float* cs = in.table.data() + position * in.dim;
-    const bf16* q = in.q.data() + (row * kHeads + head) * in.dim;
-    const bf16* k = in.k.data() + j * in.dim;
-    double sum = 0;
-    for (int64_t i = 0; i < half; ++i) {
-      const double c = cs[2 * i], s = cs[2 * i + 1];
-      const double x = float(q[i]), y = float(q[i + half]);
-      sum += (x * c - y * s) * float(k[i]) + (y * c + x * s) * float(k[i + half]);
-    }
-    logits.push_back(sum * in.logit_scale);
-  }
-  const double m = *std::max_element(logits.begin(), logits.end());
-  double l = 0;
-  std::fill(out.begin(), out.end(), 0.0);
-  for (int64_t j = 0; j <= token; ++j) {
-    const double p = std::exp(logits[static_cast<size_t>(j)] - m);
-    l += p;
-    for (int64_t d = 0; d < in.dim; ++d) {
-      out[static_cast<size_t>(d)] += p * float(in.v[static_cast<size_t>(j * in.dim + d)]);
-    }
-  }
-  for (double& x : out) x /= l;
-  lse = m + std::log(l);
-}
-
-std::vector<bf16> pages(const std::vector<bf16>& rows, const std::vector<int32_t>& table,
-                        int64_t num_pages, int64_t dim) {
-  std::vector<bf16> cache(static_cast<size_t>(num_pages * kPageSize * dim), bf16(kNan));
-  for (int64_t j = 0; j < kKvLen; ++j) {
-    const int64_t page = table[static_cast<size_t>(j / kPageSize)];
-    std::copy_n(rows.data() + j * dim, dim,
-                cache.data() + (page * kPageSize + j % kPageSize) * dim);
-  }
-  return cache;
-}
 
 template <typename Kernel>
 arch::emu::Report launch(const PrefillAttentionParams& p, const typename Kernel::Params& params,
@@ -148,11 +67,13 @@ arch::emu::Report launch(bool sm90, const PrefillAttentionParams& p, uint64_t se
 }
 
 int run(bool sm90, int64_t dim, uint64_t first_seed, uint64_t seeds) {
-  const Inputs in(dim);
+  const test::Sequence in(kKvLen, kRows, kHeads, dim, 1);
   const std::vector<int32_t> page_of{3, 0, 5, 1, 6, -1};
   constexpr int64_t kNumPages = 7;
-  Buffer<bf16> q(in.q, "q"), k(pages(in.k, page_of, kNumPages, dim), "k_cache"),
-      v(pages(in.v, page_of, kNumPages, dim), "v_cache");
+  const std::vector<bf16> poisoned(static_cast<size_t>(kNumPages * kPageSize * dim), bf16(kNan));
+  Buffer<bf16> q(in.q, "q"), k(poisoned, "k_cache"), v(poisoned, "v_cache");
+  in.put(in.k, page_of, k.values);
+  in.put(in.v, page_of, v.values);
   Buffer<int32_t> block_table(page_of, "block_table");
   Buffer<int64_t> cu_q({0, kRows}, "cu_q"), kv_len({kKvLen}, "kv_len");
   Buffer<float> scale({in.logit_scale}, "logit_scale"), table(in.table, "rope_table");
@@ -178,13 +99,10 @@ int run(bool sm90, int64_t dim, uint64_t first_seed, uint64_t seeds) {
     for (int64_t head = 0; head < kHeads; ++head) {
       expected.emplace_back(static_cast<size_t>(dim));
       expected_lse.emplace_back();
-      reference(in, row, head, expected.back(), expected_lse.back());
+      in.reference(row, head, expected.back(), expected_lse.back());
     }
   }
   double worst = 0, worst_lse = 0;
-  const auto meet = [](double& largest, double error) {  // a NaN stays
-    if (!(error <= largest)) largest = error;
-  };
   std::set<std::string> seen;
   for (uint64_t seed = first_seed; seed < first_seed + seeds; ++seed) {
     std::fill(out.values.begin(), out.values.end(), bf16(kNan));
@@ -198,9 +116,9 @@ int run(bool sm90, int64_t dim, uint64_t first_seed, uint64_t seeds) {
       }
     }
     for (size_t i = 0; i < expected.size(); ++i) {
-      meet(worst_lse, std::abs(lse.values[i] - expected_lse[i]));
+      test::meet(worst_lse, std::abs(lse.values[i] - expected_lse[i]));
       for (size_t d = 0; d < expected[i].size(); ++d) {
-        meet(worst, std::abs(float(out.values[i * expected[i].size() + d]) - expected[i][d]));
+        test::meet(worst, std::abs(float(out.values[i * expected[i].size() + d]) - expected[i][d]));
       }
     }
   }

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from emu.decode_mutants import DECODE_MUTANTS
 from emu.mutants import MUTANTS, NUMBERS, Mutant
 from lib.emulator import ROOT, library_path
 
 CSRC = ROOT / "csrc"
-DRIVER = ROOT / "tests" / "emu" / "prefill_driver.cpp"
-# The driver's logits are three times as large as those of unit variance, for which the budgets of
+DRIVERS = ROOT / "tests" / "emu"
+ALL = (*MUTANTS, *DECODE_MUTANTS)
+SEEDS = {"prefill": 20, "decode": 6}  # of the unbroken kernels
+# The drivers' logits are three times as large as those of unit variance, for which the budgets of
 # docs/numerics.md (attention/bf16_products: 6e-3 + 2^-8 of the value, lse 8e-3) are made.
 MAX_ERROR, MAX_LSE_ERROR = 3 * 6e-3, 3 * 8e-3
 
@@ -42,7 +45,7 @@ def compiler() -> str:
     return found.group(1)
 
 
-def build_driver(folder: Path, kernel: str, head_dim: int) -> Path:
+def build_driver(folder: Path, op: str, kernel: str, head_dim: int) -> Path:
     """Compiles the driver; sources in `folder` hide those of csrc.
 
     Raises:
@@ -54,8 +57,9 @@ def build_driver(folder: Path, kernel: str, head_dim: int) -> Path:
     command = [
         compiler(), "-std=c++20", "-O1", "-w", "-ffp-contract=off", "-fno-math-errno",
         f"-I{folder}", f"-I{CSRC}", f"-I{ROOT / 'include'}", f"-I{ROOT / 'tests/cpp'}",
+        f"-I{DRIVERS}",
         f"-DDRIVER_SM90={int(kernel == 'sm90')}", f"-DDRIVER_DIM={head_dim}",
-        str(DRIVER), *map(str, libraries), "-lpthread", "-o", str(out),
+        str(DRIVERS / f"{op}_driver.cpp"), *map(str, libraries), "-lpthread", "-o", str(out),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -94,26 +98,29 @@ def mutate(mutant: Mutant, folder: Path) -> None:
 
 @pytest.mark.parametrize("head_dim", [128, 64])
 @pytest.mark.parametrize("kernel", ["sm90", "sm80"])
-def test_the_kernels_are_clean_under_20_seeds(kernel: str, head_dim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", SEEDS)
+def test_the_kernels_are_clean_under_many_seeds(
+    op: str, kernel: str, head_dim: int, tmp_path: Path
+) -> None:
     """No issue, and errors within the budgets."""
-    driver = build_driver(tmp_path, kernel, head_dim)
-    detected, text = run_driver(driver, kernel, head_dim, seeds=20)
+    driver = build_driver(tmp_path, op, kernel, head_dim)
+    detected, text = run_driver(driver, kernel, head_dim, SEEDS[op])
     assert not detected, text
 
 
 def _parameters() -> list:
     return [
         pytest.param(m, id=m.name.replace(" ", "_"), marks=[] if m.every_push else pytest.mark.soak)
-        for m in MUTANTS
+        for m in ALL
     ]
 
 
 @pytest.mark.parametrize("mutant", _parameters())
 def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
-    """With one seed in `make test`; the soak run gives every mutant four."""
+    """With one seed in `make test`; more in the soak run."""
     mutate(mutant, tmp_path)
-    driver = build_driver(tmp_path, mutant.kernel, mutant.head_dim)
-    seeds = 1 if mutant.every_push else 4
+    driver = build_driver(tmp_path, mutant.op, mutant.kernel, mutant.head_dim)
+    seeds = 1 if mutant.every_push else 4 if mutant.op == "prefill" else 2
     detected, text = run_driver(driver, mutant.kernel, mutant.head_dim, seeds)
     shutil.rmtree(tmp_path, ignore_errors=True)
     assert detected & mutant.detectors, (
@@ -123,4 +130,4 @@ def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
 
 def test_mutants_have_different_names() -> None:
     """Their names are the ids of the tests."""
-    assert len({m.name for m in MUTANTS}) == len(MUTANTS)
+    assert len({m.name for m in ALL}) == len(ALL)

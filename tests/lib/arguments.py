@@ -10,6 +10,7 @@ from torch import Tensor
 from lib.cases import PAGE_SIZE, THETA
 from lib.emulator import torch_device
 from lib.generator import tensor
+from qwen1m_ext import ops
 from reference.rope import rope_table
 
 
@@ -80,20 +81,6 @@ def _prefill_attention() -> dict[str, Any]:
     )
 
 
-def _prefill_attention_gpu() -> dict[str, Any]:
-    """The same sizes with D = 64 in bf16, which the GPU kernels take."""
-    arguments = _prefill_attention() | dict(
-        out=torch.zeros(5, 2, 64),
-        q=tensor(1, 5, 2, 64),
-        k_cache=tensor(2, 4, 1, PAGE_SIZE, 64),
-        v_cache=tensor(3, 4, 1, PAGE_SIZE, 64),
-        rope_table=rope_table(THETA, 64, 49).float(),
-    )
-    for name in ("out", "q", "k_cache", "v_cache"):
-        arguments[name] = arguments[name].bfloat16()
-    return arguments
-
-
 def _decode_attention() -> dict[str, Any]:
     """2 tokens of each sequence, 2 query heads, 1 KV head, D = 16."""
     return dict(
@@ -101,6 +88,7 @@ def _decode_attention() -> dict[str, Any]:
         lse=torch.zeros(2, 2, 2),
         q=tensor(1, 2, 2, 2, 16),
         **_attention(),
+        scratch=None,
     )
 
 
@@ -175,6 +163,13 @@ def _sparse_prefill() -> dict[str, Any]:
         tile_tokens=64,
         exact=False,
     )
+def _for_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an attention with D = 64 in bf16, which the GPU kernels take."""
+    shapes = {name: (*arguments[name].shape[:-1], 64) for name in ("q", "k_cache", "v_cache")}
+    wide = {name: tensor(seed, *shapes[name]) for seed, name in enumerate(shapes, 1)}
+    wide["out"] = torch.zeros_like(wide["q"])
+    table = rope_table(THETA, 64, 49).float()
+    return arguments | {name: x.bfloat16() for name, x in wide.items()} | dict(rope_table=table)
 
 
 _ALL = {
@@ -197,14 +192,20 @@ def _is_float(value: Any) -> bool:
 def good_arguments(op: str, device: str = "cpu") -> dict[str, Any]:
     """Fresh keyword arguments of an op, finite and within every rule (of its kernels there)."""
     on_gpu = device.startswith(("emu", "cuda"))
-    arguments = _prefill_attention_gpu() if on_gpu and op == "prefill_attention" else _ALL[op]()
+    arguments = _ALL[op]()
+    if on_gpu and op in ("prefill_attention", "decode_attention"):
+        arguments = _for_gpu(arguments)
     if on_gpu and op in ("rms_norm", "swiglu", "qkv_rope_append"):
         arguments = {
             name: value.bfloat16() if _is_float(value) and name != "rope_table" else value
             for name, value in arguments.items()
         }
     where = torch_device(device)
-    return {
+    arguments = {
         name: value.to(where) if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
+    if op == "decode_attention" and device.startswith("cuda"):
+        names = ("q", "k_cache", "block_table", "chunk_size", "local_size")
+        arguments["scratch"] = ops.decode_attention_scratch(*(arguments[name] for name in names))
+    return arguments

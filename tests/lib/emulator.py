@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = {"emu_sm90": 90, "emu_sm80": 80}
 """Device names of the tests, `--device=emu` being both, and the kernels they stand for."""
 OPS = {
+    "decode_attention": ["emu_sm90", "emu_sm80"],
     "embedding": ["emu_sm80"],
     "prefill_attention": ["emu_sm90", "emu_sm80"],
     "qkv_rope_append": ["emu_sm80"],
@@ -28,6 +29,10 @@ OPS = {
     "swiglu": ["emu_sm80"],
 }
 """Operators with kernels that can be emulated; an sm_80 kernel alone serves sm_90 too."""
+EMULATED_SMS = 6
+"""Multiprocessors of the emulated machine (kEmulatedSms in decode_attention_emu.cpp)."""
+COUNTER_BYTES = 64 * 1024
+"""Of decode_attention's scratch (kCounterBytes in decode_attention_grid.h)."""
 
 
 def torch_device(device: str) -> str:
@@ -40,7 +45,7 @@ def operator(name: str, device: str) -> Callable[..., None]:
     if device not in ARCHITECTURES:
         return getattr(ops, name)
     assert name in OPS
-    return partial(_call, name, device)
+    return partial(_decode_attention if name == "decode_attention" else _call, name, device)
 
 
 class _Tensor(ctypes.Structure):
@@ -145,3 +150,16 @@ def _call(
         raise EmulatorIssue(text.value.decode())
     if code != 0:
         raise RuntimeError(text.value.decode())
+
+
+def _decode_attention(
+    op: str, device: str, *arguments: Tensor | int | None, **named: Tensor | int | None
+) -> None:
+    """With scratch, which may be left out; its counters have to be zero again afterwards."""
+    bound = inspect.signature(ops.decode_attention).bind(*arguments, **named)
+    values = bound.arguments
+    if values.get("scratch") is None:
+        shapes = [values[x] for x in ("q", "k_cache", "block_table", "chunk_size", "local_size")]
+        values["scratch"] = ops.decode_attention_scratch(*shapes, EMULATED_SMS)
+    _call(op, device, **values)
+    assert not values["scratch"][:COUNTER_BYTES].any(), f"{op}: a counter was not reset"

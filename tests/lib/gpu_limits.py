@@ -19,6 +19,11 @@ OF_THE_CPU = {
         "test_refuses": "values on the device are not checked",
         "test_refuses_head_geometry": "float32 inputs",
     },
+    "decode_attention": {
+        "test_empty_sequence_gives_zero_and_minus_infinity": "float32 inputs",
+        "test_a_chunk_that_never_ends_is_plain_rope": "float32 inputs",
+        "test_threads_do_not_change_bits": "no threads to vary",
+    },
 }
 REFUSALS = {
     "test_refuses": "the refusals of the CPU backend",
@@ -26,7 +31,7 @@ REFUSALS = {
 }
 
 
-def _prefill_attention(inputs: Case, _: Any) -> str | None:
+def _attention(inputs: Case, _: Any) -> str | None:
     if inputs.get("head_dim", 64) not in (64, 128):
         return f"head_dim 64 and 128, not {inputs['head_dim']}"
     return _multiple("rows", inputs.get("row_pad", 0), 8)
@@ -62,8 +67,9 @@ def _qkv_rope_append(inputs: Case, _: Any) -> str | None:
 
 
 DEMANDS: dict[str, Callable[[Case, Any], str | None]] = {
+    "decode_attention": _attention,
     "embedding": _embedding,
-    "prefill_attention": _prefill_attention,
+    "prefill_attention": _attention,
     "qkv_rope_append": _qkv_rope_append,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,

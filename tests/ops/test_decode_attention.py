@@ -21,6 +21,7 @@ from lib.cases import (
     spread,
 )
 from lib.compare import assert_close, assert_same_bits
+from lib.emulator import operator, torch_device
 from lib.refuse import refuses
 from lib.threads import threads
 from qwen1m_ext import ops
@@ -30,24 +31,25 @@ from reference.attention import attention
 def run(inputs: AttentionInputs, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Call the op; returns (out [batch, q_tokens, q_heads, D], lse [batch, q_tokens, q_heads])."""
     q_tokens = inputs.q_len[0] if inputs.q_len else 1
-    q = inputs.q.to(device).unflatten(0, (len(inputs.k), q_tokens))
-    out = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=device)
-    torch.empty(0, dtype=q.dtype, device=device).set_(out.untyped_storage()).fill_(float("nan"))
-    lse = torch.full(q.shape[:3], float("nan"), device=device)
-    ops.decode_attention(
+    where = torch_device(device)
+    q = inputs.q.to(where).unflatten(0, (len(inputs.k), q_tokens))
+    out = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=where)
+    torch.empty(0, dtype=q.dtype, device=where).set_(out.untyped_storage()).fill_(float("nan"))
+    lse = torch.full(q.shape[:3], float("nan"), device=where)
+    operator("decode_attention", device)(
         out,
         lse,
         q,
-        inputs.cache.k_cache.to(device),
-        inputs.cache.v_cache.to(device),
-        inputs.cache.block_table.to(device),
-        inputs.kv_len.to(device),
-        inputs.logit_scale.to(device),
-        inputs.rope_table.to(device),
+        inputs.cache.k_cache.to(where),
+        inputs.cache.v_cache.to(where),
+        inputs.cache.block_table.to(where),
+        inputs.kv_len.to(where),
+        inputs.logit_scale.to(where),
+        inputs.rope_table.to(where),
         inputs.chunk_size,
         inputs.local_size,
     )
-    if device == "cpu":
+    if where == "cpu":
         assert_gaps_untouched(out)
     return out, lse
 
@@ -136,15 +138,17 @@ def test_lse_is_optional(device: str) -> None:
     """Without lse, `out` has the same bits."""
     arguments = good_arguments("decode_attention", device)
     with_lse = arguments["out"].clone()
-    ops.decode_attention(**(arguments | dict(out=with_lse)))
-    ops.decode_attention(**(arguments | dict(lse=None)))
+    decode_attention = operator("decode_attention", device)
+    decode_attention(**(arguments | dict(out=with_lse)))
+    decode_attention(**(arguments | dict(lse=None)))
     assert_same_bits(arguments["out"], with_lse)
 
 
 def test_strides_of_small_tensors(device: str) -> None:
     """lse, block_table, lengths and scales need not be contiguous."""
     arguments = good_arguments("decode_attention", device)
-    ops.decode_attention(**arguments)
+    decode_attention = operator("decode_attention", device)
+    decode_attention(**arguments)
     apart = arguments | dict(
         out=torch.zeros_like(arguments["out"]),
         lse=spread(torch.zeros_like(arguments["lse"])),
@@ -152,7 +156,7 @@ def test_strides_of_small_tensors(device: str) -> None:
         kv_len=spread(arguments["kv_len"]),
         logit_scale=spread(arguments["logit_scale"]),
     )
-    ops.decode_attention(**apart)
+    decode_attention(**apart)
     for name in ("out", "lse"):
         assert_same_bits(apart[name], arguments[name], name)
 
@@ -161,32 +165,33 @@ def test_strides_of_small_tensors(device: str) -> None:
 def test_offsets_beyond_2_to_the_31(dtype: torch.dtype, device: str) -> None:
     """Pages and batch rows more than 2^31 elements apart (never resident as a whole)."""
     inputs = attention_inputs(case("decode_attention", "two_tokens"), dtype)
+    where = torch_device(device)
     expected = run(inputs, device)
     small = inputs.cache
     pages = 2**31 // small.k_cache[0].numel() + 8
     shift = pages - len(small.k_cache)
     k_cache, v_cache = (
-        torch.empty((pages, *small.k_cache.shape[1:]), dtype=dtype, device=device) for _ in range(2)
+        torch.empty((pages, *small.k_cache.shape[1:]), dtype=dtype, device=where) for _ in range(2)
     )
-    k_cache[shift:], v_cache[shift:] = small.k_cache.to(device), small.v_cache.to(device)
+    k_cache[shift:], v_cache[shift:] = small.k_cache.to(where), small.v_cache.to(where)
     shape, stride = expected[0].shape, 2**30 + 64  # 4 sequences: the last lies beyond 2^31
-    q = torch.empty(4 * stride, dtype=dtype, device=device).as_strided(
+    q = torch.empty(4 * stride, dtype=dtype, device=where).as_strided(
         shape, (stride, 4 * 64, 64, 1)
     )
     q.copy_(inputs.q.unflatten(0, shape[:2]))
-    out = torch.empty_strided(shape, q.stride(), dtype=dtype, device=device)
-    lse = torch.zeros(shape[:3], device=device)
+    out = torch.empty_strided(shape, q.stride(), dtype=dtype, device=where)
+    lse = torch.zeros(shape[:3], device=where)
     block_table = (small.block_table.long() + shift).clamp_max(2**31 - 1).int()
-    ops.decode_attention(
+    operator("decode_attention", device)(
         out,
         lse,
         q,
         k_cache,
         v_cache,
-        block_table.to(device),
-        inputs.kv_len.to(device),
-        inputs.logit_scale.to(device),
-        inputs.rope_table.to(device),
+        block_table.to(where),
+        inputs.kv_len.to(where),
+        inputs.logit_scale.to(where),
+        inputs.rope_table.to(where),
         inputs.chunk_size,
         inputs.local_size,
     )

@@ -1,6 +1,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -98,6 +99,17 @@ int require_sm80(const char* name) {
   if (capability >= 80) return capability;
   throw Error(std::string(name) + ": expected a GPU of compute capability 8.0 or later, got " +
               std::to_string(capability / 10) + "." + std::to_string(capability % 10));
+}
+
+int kernel_architecture(const char* name) {
+  static const bool own = [] {
+    const char* value = std::getenv("QWEN1M_CUDA_KERNELS");
+    const std::string text = value == nullptr ? "" : value;
+    if (text.empty() || text == "auto") return true;
+    if (text == "sm80") return false;
+    throw Error("QWEN1M_CUDA_KERNELS: expected auto or sm80, got '" + text + "'");
+  }();
+  return require_sm80(name) == 90 && own ? 90 : 80;
 }
 
 TensorMap make_tensor_map(const TensorMapSpec& spec) {

@@ -164,6 +164,13 @@ void check_layout(ArgCheck& args, const PrefillAttentionParams& p) {
   check_common_layout(args, p);
 }
 
+void check_layout(ArgCheck& args, const DecodeAttentionParams& p) {
+  args.shape("q", p.q, {"batch", "q_tokens", "q_heads", "D"});
+  args.shape("out", p.out, {"batch", "q_tokens", "q_heads", "D"});
+  if (p.lse) args.shape("lse", p.lse, {"batch", "q_tokens", "q_heads"});
+  check_common_layout(args, p);
+}
+
 void check_layout(ArgCheck& args, const SparseEstimateParams& p) {
   args.shape("q", p.q, {"n", "q_heads", "D"});
   check_q(args, p.q);
@@ -266,6 +273,11 @@ void check_attention_layout(const PrefillAttentionParams& p) {
   check_layout(args, p);
 }
 
+void check_attention_layout(const DecodeAttentionParams& p) {
+  ArgCheck args("decode_attention");
+  check_layout(args, p);
+}
+
 void check_attention(const PrefillAttentionParams& p) {
   ArgCheck args("prefill_attention");
   check_layout(args, p);
@@ -293,10 +305,7 @@ void check_attention(const PrefillAttentionParams& p) {
 
 void check_attention(const DecodeAttentionParams& p) {
   ArgCheck args("decode_attention");
-  args.shape("q", p.q, {"batch", "q_tokens", "q_heads", "D"});
-  args.shape("out", p.out, {"batch", "q_tokens", "q_heads", "D"});
-  if (p.lse) args.shape("lse", p.lse, {"batch", "q_tokens", "q_heads"});
-  check_common_layout(args, p);
+  check_layout(args, p);
   check_common_values(args, p);
 
   const int64_t q_tokens = args.size("q_tokens");

@@ -24,6 +24,7 @@ void check_attention(const SparsePrefillParams&);
 /// page numbers, scales) are the caller's responsibility there, because reading them would stop the
 /// stream.
 void check_attention_layout(const PrefillAttentionParams&);
+void check_attention_layout(const DecodeAttentionParams&);
 void check_attention_layout(const SparseEstimateParams&);
 void check_attention_layout(const SparsePrefillParams&);
 

@@ -1,11 +1,7 @@
 // CUDA backend of prefill_attention: chooses the kernel and launches it.
-#include <cstdlib>
-#include <string>
-
 #include "arch/cuda/host.h"
 #include "arch/cuda/kernel.cuh"
 #include "ops/prefill_attention/prefill_attention_launch.h"
-#include "qwen1m/error.h"
 
 namespace qwen1m {
 namespace {
@@ -14,18 +10,6 @@ Q1M_KERNEL_SM90(prefill_attention_sm90_d128, PrefillAttentionSm90<128>, 1)
 Q1M_KERNEL_SM90(prefill_attention_sm90_d64, PrefillAttentionSm90<64>, 1)
 Q1M_KERNEL_SM80(prefill_attention_sm80_d128, PrefillAttentionSm80<128>, 2)
 Q1M_KERNEL_SM80(prefill_attention_sm80_d64, PrefillAttentionSm80<64>, 2)
-
-/// Whether the kernels for this very architecture are to be used, or the sm_80 ones.
-bool own_kernels() {
-  static const bool own = [] {
-    const char* value = std::getenv("QWEN1M_CUDA_KERNELS");
-    const std::string text = value == nullptr ? "" : value;
-    if (text.empty() || text == "auto") return true;
-    if (text == "sm80") return false;
-    throw Error("QWEN1M_CUDA_KERNELS: expected auto or sm80, got '" + text + "'");
-  }();
-  return own;
-}
 
 template <typename Kernel>
 arch::LaunchConfig config(const char* name, const PrefillAttentionParams& p, Stream stream) {
@@ -41,13 +25,8 @@ arch::LaunchConfig config(const char* name, const PrefillAttentionParams& p, Str
 void prefill_attention_cuda(const PrefillAttentionParams& p, Stream stream) {
   check_prefill_attention_gpu(p);
   if (p.q.size(0) == 0) return;
-  const int capability = arch::device_facts().capability;
-  if (capability < 80) {
-    throw Error("prefill_attention: expected a GPU of compute capability 8.0 or later, got " +
-                std::to_string(capability / 10) + "." + std::to_string(capability % 10));
-  }
   const bool wide = p.q.size(2) == 128;
-  if (capability == 90 && own_kernels()) {
+  if (arch::kernel_architecture("prefill_attention") == 90) {
     const arch::TensorMap k_map = arch::make_tensor_map(page_map(p.k_cache));
     const arch::TensorMap v_map = arch::make_tensor_map(page_map(p.v_cache));
     if (wide) {
