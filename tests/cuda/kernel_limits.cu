@@ -1,9 +1,9 @@
 // The dynamic shared memory of every kernel, checked at compile time: tests/cuda/test_kernels.py
 // compiles this and looks for the kernels' names. A change here changes how many blocks share a
 // multiprocessor.
-#include "ops/embedding/embedding_kernel.cuh"
 #include "ops/decode_attention/decode_attention_sm80.cuh"
 #include "ops/decode_attention/decode_attention_sm90.cuh"
+#include "ops/embedding/embedding_kernel.cuh"
 #include "ops/prefill_attention/prefill_attention_sm80.cuh"
 #include "ops/prefill_attention/prefill_attention_sm90.cuh"
 #include "ops/qkv_rope_append/qkv_rope_append_kernel.cuh"

@@ -29,8 +29,8 @@ using test::Buffer;
 using test::kChunks;
 using test::kNan;
 
-// 2914 = 14 * 208 + 2: of three query tokens the first lies in another chunk than the others. 640 ends
-// a step, so that only the order of the tokens hides keys in it.
+// 2914 = 14 * 208 + 2: of three query tokens the first lies in another chunk than the others. 640
+// ends a step, so that only the order of the tokens hides keys in it.
 constexpr int64_t kLengths[] = {640, 0, 2914}, kBatch = 3, kHeads = 7, kMaxPages = 24;
 constexpr int kNumSms = 3;  // 6 splits of a long sequence
 

@@ -163,6 +163,8 @@ def _sparse_prefill() -> dict[str, Any]:
         tile_tokens=64,
         exact=False,
     )
+
+
 def _for_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an attention with D = 64 in bf16, which the GPU kernels take."""
     shapes = {name: (*arguments[name].shape[:-1], 64) for name in ("q", "k_cache", "v_cache")}

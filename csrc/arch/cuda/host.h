@@ -50,8 +50,9 @@ void launch(void (*kernel)(Params), const LaunchConfig& config, const Params& pa
 /// Compute capability as in DeviceFacts. Throws qwen1m::Error below 80.
 int require_sm80(const char* name);
 
-/// Which of an op's two kernels runs on the current device: 90 on an sm_90, else 80. The environment
-/// variable QWEN1M_CUDA_KERNELS=sm80 asks for the sm_80 one everywhere. Throws as require_sm80.
+/// Which of an op's two kernels runs on the current device: 90 on an sm_90, else 80. The
+/// environment variable QWEN1M_CUDA_KERNELS=sm80 asks for the sm_80 one everywhere. Throws as
+/// require_sm80.
 int kernel_architecture(const char* name);
 
 /// Launches a kernel struct written for every architecture from sm_80 on, which says its own shape:
