@@ -32,9 +32,34 @@ _KNOWN = frozenset(
      "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
      "rope_scaling", "rope_parameters", "max_position_embeddings", "tie_word_embeddings",
      "hidden_act", "attention_bias", "use_sliding_window", "layer_types",
-     "dual_chunk_attention_config"}
+     "dual_chunk_attention_config", "quantization_config"}
 )  # fmt: skip
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+# The one quantisation that is understood, in the words of compressed-tensors: linear layers in fp8
+# (e4m3) with a scale per row, activations untouched. Written by `qwen1m quantize`.
+FP8_QUANTIZATION: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "channel",
+                "symmetric": True,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+    },
+    "kv_cache_scheme": None,
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +116,7 @@ class ModelConfig:
     dtype: torch.dtype  # of the stored weights, as config.json says
     dual_chunk: DualChunkConfig  # PLAIN_ROPE when the config has none
     eos_token_ids: tuple[int, ...] = ()
+    quantised: bool = False  # linear layers are stored in fp8, see FP8_QUANTIZATION
 
     @property
     def q_size(self) -> int:
@@ -209,6 +235,20 @@ def _rope_theta(f: _Fields) -> float:
     return thetas.pop() if thetas else f.number("rope_theta", None, 1.0)
 
 
+def _quantised(f: _Fields) -> bool:
+    value = f.values.get("quantization_config")
+    if value is None:
+        return False
+    if not isinstance(value, dict):
+        raise f.fail("quantization_config", "null or an object")
+    for name in sorted(set(value) | set(FP8_QUANTIZATION)):
+        if value.get(name) != FP8_QUANTIZATION.get(name):
+            expected = json.dumps(FP8_QUANTIZATION.get(name))
+            what = f"{expected} (fp8 weights as `qwen1m quantize` writes them)"
+            raise _Fields(value, f"{f.where}: quantization_config").fail(name, what)
+    return True
+
+
 def _dual_chunk(f: _Fields, max_positions: int) -> DualChunkConfig:
     value = f.values.get("dual_chunk_attention_config")
     if value is None:
@@ -316,6 +356,7 @@ def read_config(path: Path) -> ModelConfig:
         dtype=dtype,
         dual_chunk=_dual_chunk(f, max_positions),
         eos_token_ids=f.token_ids("eos_token_id"),
+        quantised=_quantised(f),
     )
 
 

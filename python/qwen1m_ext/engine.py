@@ -120,7 +120,6 @@ class Engine:
         deployment = Deployment(
             tokens=0,
             dtype=self.dtype,
-            weights_dtype=self.dtype,
             kv_dtype=self.dtype,
             chunk_tokens=prefill_chunk_tokens,
             max_seqs=max_num_seqs + MAX_SESSIONS,

@@ -17,7 +17,8 @@ import torch
 from . import ops
 from .attention import build_rope_table
 from .config import ModelConfig
-from .plan import FP8, Deployment
+from .fp8 import FP8
+from .plan import Deployment
 from .weights import expected_shapes, is_linear
 
 MATMUL_SHARE = 790 / 989
@@ -125,7 +126,7 @@ def elementwise_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 def decode_bytes(config: ModelConfig, d: Deployment) -> tuple[int, int]:
     """Bytes that one decode step reads: (linear layers and head, the whole cache)."""
     head = config.vocab_size * config.hidden_size * d.dtype.itemsize
-    linear = linear_params(config) * d.weights_dtype.itemsize
+    linear = linear_params(config) * (1 if config.quantised else d.dtype.itemsize)
     return linear + head, d.tokens * config.kv_bytes_per_token(d.kv_dtype)
 
 
@@ -133,7 +134,7 @@ def estimate(
     config: ModelConfig, d: Deployment, machine: Machine, columns: int = SPARSE_COLUMNS
 ) -> tuple[Seconds, Seconds]:
     """(floor, estimate) of a prompt of `d.tokens` tokens, and of a decode step after it."""
-    fp8 = machine.fp8_matmul if d.weights_dtype == FP8 else None
+    fp8 = machine.fp8_matmul if config.quantised else None
     linear = 2 * d.tokens * linear_params(config) / (fp8 or machine.matmul)
     pairs = attention_pairs(d.tokens, columns if d.sparse else None)
     attention = 4 * config.num_layers * config.q_size * pairs / machine.matmul

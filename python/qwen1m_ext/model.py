@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 from .attention import Batch
 from .config import ModelConfig
+from .linear import linear, project, scratch_bytes
 from .weights import LayerWeights, ModelWeights
 
 BLOCK_ROWS = 4096
@@ -72,9 +72,16 @@ def logits_bytes(config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> 
     return chunk_tokens * config.hidden_size * dtype.itemsize + rows * config.vocab_size * copies
 
 
-def _project(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`out = x weight^T` for [out, in] weights, without a new allocation."""
-    return torch.mm(x, weight.t(), out=out)
+def linear_scratch_bytes(config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> int:
+    """Bytes that the matrix products of a block of rows take for a moment."""
+    c = config
+    shapes = [
+        (c.q_size + 2 * c.kv_size, c.hidden_size),
+        (c.hidden_size, c.q_size),
+        (2 * c.intermediate_size, c.hidden_size),
+        (c.hidden_size, c.intermediate_size),
+    ]
+    return scratch_bytes(min(BLOCK_ROWS, chunk_tokens), shapes, dtype, fp8=config.quantised)
 
 
 class Qwen2Model:
@@ -147,7 +154,7 @@ class Qwen2Model:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head: [n, hidden] -> [n, vocab] float32. The caller keeps n small."""
-        return F.linear(hidden, self.weights.lm_head).float()
+        return linear(hidden, self.weights.lm_head).float()
 
     def _chunk_buffers(self) -> tuple[Tensor, Tensor, Tensor]:
         w = self.workspace
@@ -162,7 +169,7 @@ class Qwen2Model:
         qkv = self.workspace.qkv[: len(normed), skip:]
         if skip:  # a narrower product needs a contiguous destination
             qkv = self.workspace.qkv.view(-1)[: qkv.numel()].view(qkv.shape)
-        _project(qkv, normed, weights.qkv[skip:])
+        project(qkv, normed, weights.qkv[skip:])
         q_rows = q[block, :0] if kv_only else q[block]
         batch.append_kv(layer, q_rows, qkv, weights.qkv_bias[skip:], block)
 
@@ -172,7 +179,7 @@ class Qwen2Model:
         wanted = residual[rows]
         normed = torch.empty_like(wanted)
         ops.rms_norm(normed, None, wanted, weights.input_norm, c.rms_norm_eps)
-        q = F.linear(normed, weights.qkv[: c.q_size], weights.qkv_bias[: c.q_size])
+        q = linear(normed, weights.qkv[: c.q_size], weights.qkv_bias[: c.q_size])
         q = q.view(-1, c.num_q_heads, c.head_dim)
         return wanted, q, torch.empty_like(q)
 
@@ -183,12 +190,12 @@ class Qwen2Model:
         """
         w, n, eps = self.workspace, len(x), self.config.rms_norm_eps
         delta, normed = w.delta[:n], w.normed[:n]
-        _project(delta, attended.reshape(n, -1), layer.o)
+        project(delta, attended.reshape(n, -1), layer.o)
         ops.rms_norm(normed, x, delta, layer.post_norm, eps)
         gate_up, activated = w.gate_up[:n], w.activated[:n]
-        _project(gate_up, normed, layer.gate_up)
+        project(gate_up, normed, layer.gate_up)
         ops.swiglu(activated, gate_up)
-        _project(delta, activated, layer.down)
+        project(delta, activated, layer.down)
         ops.rms_norm(normed, x, delta, next_norm, eps)
         return normed
 

@@ -13,17 +13,16 @@ import torch
 
 from .config import ModelConfig
 from .errors import ConfigError, MemoryBudgetError
+from .fp8 import FP8
 from .kv_cache import cache_bytes
 from .memory import format_bytes
-from .model import activation_bytes, logits_bytes
+from .model import activation_bytes, linear_scratch_bytes, logits_bytes
 from .weights import weight_bytes
 
 log = logging.getLogger(__name__)
 
 PREFILL_CHUNK_TOKENS = 32_768
 """Tokens of a prefill chunk: bounds the activations whatever the length of the prompt."""
-
-FP8 = torch.float8_e4m3fn
 
 RUNTIME_BYTES = 1_000_000_000
 """CUDA context, cuBLAS workspaces and what the driver keeps, on a GPU. An allowance, not measured
@@ -36,7 +35,6 @@ class Deployment:
 
     tokens: int  # of the longest context, prompt plus output
     dtype: torch.dtype  # of activations and of all weights that are not quantised
-    weights_dtype: torch.dtype  # of the linear layers: dtype, or FP8 with a scale per row
     kv_dtype: torch.dtype  # dtype, or FP8 with a scale per (layer, head)
     chunk_tokens: int  # of a prefill chunk
     max_seqs: int = 1  # sequences that may be open at once; they share the context's pages
@@ -67,7 +65,7 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
     d = deployment
     rows = config.dual_chunk.table_rows(d.tokens)
     items = {
-        "weights": weight_bytes(config, d.dtype, quantised=d.weights_dtype == FP8),
+        "weights": weight_bytes(config, d.dtype),
         "kv cache": cache_bytes(config, d.kv_dtype, d.tokens, d.max_seqs),
         "activations": activation_bytes(config, d.dtype, d.chunk + d.decode_rows),
         "rotary table": rows * config.head_dim * 4,
@@ -82,12 +80,15 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
 
 
 def _scratch_bytes(config: ModelConfig, d: Deployment) -> int:
-    """On a GPU: keys and values of one layer, widened once per prefill chunk.
+    """What is held for a moment besides the activations.
 
-    A prefill kernel that gathers columns, or reads fp8, is fed from a contiguous copy in the
-    computing dtype; dense bf16 attention reads the pages where they lie.
+    On the CPU: a block of widened weights. On a GPU: keys and values of one layer, widened once
+    per prefill chunk; a prefill kernel that gathers columns, or reads fp8, is fed from a contiguous
+    copy in the computing dtype, while dense bf16 attention reads the pages where they lie.
     """
-    if d.gpu and (d.sparse or d.kv_dtype == FP8):
+    if not d.gpu:
+        return linear_scratch_bytes(config, d.dtype, d.chunk)
+    if d.sparse or d.kv_dtype == FP8:
         return 2 * d.tokens * config.kv_size * d.dtype.itemsize
     return 0
 

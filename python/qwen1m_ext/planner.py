@@ -15,8 +15,9 @@ from . import ops
 from .config import ModelConfig, read_config
 from .errors import ConfigError
 from .estimate import CARDS, SPARSE_COLUMNS, Machine, Seconds, estimate, measure_cpu
+from .fp8 import FP8
 from .memory import available_bytes, format_bytes
-from .plan import FP8, PREFILL_CHUNK_TOKENS, Deployment, MemoryPlan, largest_context, memory_plan
+from .plan import PREFILL_CHUNK_TOKENS, Deployment, MemoryPlan, largest_context, memory_plan
 from .terminal import format_seconds
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": FP8, "fp32": torch.float32}
@@ -44,12 +45,12 @@ def cheapest_changes(
 ) -> list[Change]:
     """The `count` cheapest sets of changes that fit, none of which contains another."""
     found: list[Change] = []
-    for _, options, changed, memory in sorted(
+    for _, options, model, changed, memory in sorted(
         _candidates(config, deployment, machine), key=lambda candidate: candidate[0]
     ):
         if any(done.options.items() <= options.items() for done in found):
             continue  # more than is needed
-        total = memory_plan(config, changed).total
+        total = memory_plan(model, changed).total
         if total <= memory:
             found.append(Change(options, total))
         if len(found) == count:
@@ -59,22 +60,22 @@ def cheapest_changes(
 
 def _candidates(
     config: ModelConfig, d: Deployment, machine: Machine
-) -> Iterator[tuple[float, dict[str, str], Deployment, int]]:
-    """(price, options, deployment, bytes available) of every combination worth a thought."""
+) -> Iterator[tuple[float, dict[str, str], ModelConfig, Deployment, int]]:
+    """(price, options, model, deployment, bytes available) of all combinations worth a thought."""
     chunks = [d.chunk_tokens, *(c for c in SHORTER_CHUNKS if c < d.chunk)]
-    weights = [d.weights_dtype, *([FP8] if d.weights_dtype != FP8 else [])]
+    models = [config, *([] if config.quantised else [replace(config, quantised=True)])]
     kvs = [d.kv_dtype, *([FP8] if d.kv_dtype != FP8 else [])]
     sparse = [d.sparse, *([False] if d.sparse else [])]
     larger = [card for card in CARDS.values() if card.memory > machine.memory and machine.gpu]
     machines = [machine, *sorted(larger, key=lambda card: card.memory)]
-    for (c, chunk), w, kv, s, (m, where) in product(
-        enumerate(chunks), weights, kvs, sparse, enumerate(machines)
+    for (c, chunk), model, kv, s, (m, where) in product(
+        enumerate(chunks), models, kvs, sparse, enumerate(machines)
     ):
         options: dict[str, str] = {}
         price = 0.0
         if c:
             options["chunk"], price = f"{chunk // 1024}k", price + PRICES["chunk"] * c
-        if w != d.weights_dtype:
+        if model is not config:
             options["weights"], price = "fp8", price + PRICES["weights"]
         if kv != d.kv_dtype:
             options["kv"], price = "fp8", price + PRICES["kv"]
@@ -82,16 +83,17 @@ def _candidates(
             options["attention"], price = "dense", price + PRICES["attention"]
         if m:
             options["gpu"], price = where.name, price + PRICES["gpu"] + m
-        changed = replace(d, chunk_tokens=chunk, weights_dtype=w, kv_dtype=kv, sparse=s)
+        changed = replace(d, chunk_tokens=chunk, kv_dtype=kv, sparse=s)
         if options:
-            yield price, options, changed, where.memory
+            yield price, options, model, changed, where.memory
         if c or m:
             continue
-        tokens = largest_context(config, changed, where.memory) // 1024 * 1024
+        tokens = largest_context(model, changed, where.memory) // 1024 * 1024
         if 0 < tokens < d.tokens:
             price += PRICES["context"] + 100 * (1 - tokens / d.tokens)
             shorter = replace(changed, tokens=tokens)
-            yield price, {**options, "context": f"{tokens // 1024}k"}, shorter, where.memory
+            options = {**options, "context": f"{tokens // 1024}k"}
+            yield price, options, model, shorter, where.memory
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ class Report:
     def fits(self) -> bool:
         """Whether everything is in memory at once."""
         return self.memory.total <= self.machine.memory
+
+    @property
+    def weights(self) -> str:
+        """Format of the linear layers."""
+        return "fp8" if self.config.quantised else NAMES[self.deployment.dtype]
 
     @property
     def beyond_model(self) -> bool:
@@ -145,7 +152,7 @@ class Report:
             "context_tokens": d.tokens,
             "beyond_model": self.beyond_model,
             "machine": self.machine.name,
-            "weights": NAMES[d.weights_dtype],
+            "weights": self.weights,
             "kv": NAMES[d.kv_dtype],
             "attention": "sparse" if d.sparse else "dense",
             "chunk_tokens": d.chunk_tokens,
@@ -170,7 +177,7 @@ class Report:
         attention = "sparse" if d.sparse else "dense"
         yield (
             f"{self.model}: {d.tokens:,} tokens on {machine.name}, weights "
-            f"{NAMES[d.weights_dtype]}, kv {NAMES[d.kv_dtype]}, {attention} attention, "
+            f"{self.weights}, kv {NAMES[d.kv_dtype]}, {attention} attention, "
             f"chunks of {d.chunk:,}"
         )
         for name, size in self.memory.items.items():
@@ -238,13 +245,12 @@ def plan_report(
         if value is not None and value not in DTYPES:
             raise ConfigError(f"{name}: expected one of {', '.join(DTYPES)}, got {value!r}")
     dtype = torch.float32 if config.dtype == torch.float32 else torch.bfloat16
-    weights_dtype = DTYPES[weights] if weights else dtype
-    if weights_dtype != FP8:
-        dtype = weights_dtype
+    if weights:
+        config = replace(config, quantised=weights == "fp8")
+        dtype = DTYPES[weights] if weights != "fp8" else dtype
     deployment = Deployment(
         tokens=tokens,
         dtype=dtype,
-        weights_dtype=weights_dtype,
         kv_dtype=DTYPES[kv] if kv else dtype,
         chunk_tokens=chunk_tokens,
         sparse=sparse,

@@ -20,21 +20,23 @@ from torch import Tensor
 
 from .config import ModelConfig, read_json
 from .errors import ConfigError, WeightsError
+from .fp8 import FP8, Fp8Matrix, fault
+from .linear import Matrix
 
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer; matrices are [out, in], in the run dtype."""
+    """One decoder layer; matrices are [out, in], in the run dtype or fp8."""
 
     input_norm: Tensor  # [hidden]
-    qkv: Tensor  # [q + 2 kv, hidden]: q rows, k rows, v rows
+    qkv: Matrix  # [q + 2 kv, hidden]: q rows, k rows, v rows
     qkv_bias: Tensor  # [q + 2 kv]
-    o: Tensor  # [hidden, q]
+    o: Matrix  # [hidden, q]
     post_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 intermediate, hidden]: gate rows, then up rows
-    down: Tensor  # [hidden, intermediate]
+    gate_up: Matrix  # [2 intermediate, hidden]: gate rows, then up rows
+    down: Matrix  # [hidden, intermediate]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ def fingerprint(weights: ModelWeights) -> str:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint of this config holds."""
+    """Names and shapes of the tensors that a checkpoint of this config holds.
+
+    When it is quantised, a `weight_scale` [out, 1] stands beside every linear layer's weight.
+    """
     h, i = config.hidden_size, config.intermediate_size
     q, kv = config.q_size, config.kv_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -85,6 +90,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             p + "mlp.up_proj.weight": (i, h),
             p + "mlp.down_proj.weight": (h, i),
         }
+    if config.quantised:
+        shapes |= {n + "_scale": (s[0], 1) for n, s in shapes.items() if is_linear(n)}
     return shapes
 
 
@@ -93,22 +100,21 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, quantised: bool) -> int:
-    """Bytes of all tensors in `dtype`; quantised: linear layers in fp8, with a scale per row."""
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of all tensors; linear layers of a quantised checkpoint in fp8, the rest in `dtype`."""
     total = 0
     for name, shape in expected_shapes(config).items():
-        if quantised and is_linear(name):
-            total += math.prod(shape) + 4 * shape[0]
-        else:
-            total += math.prod(shape) * dtype.itemsize
+        linear = config.quantised and is_linear(name)
+        scale = name.endswith("_scale")
+        total += math.prod(shape) * (1 if linear else 4 if scale else dtype.itemsize)
     return total
 
 
 class _Checkpoint:
     """The open files of a checkpoint and which of them holds which tensor."""
 
-    def __init__(self, files: dict[str, Any], dtype: torch.dtype) -> None:
-        self._files, self._dtype = files, dtype
+    def __init__(self, files: dict[str, Any], dtype: torch.dtype, quantised: bool) -> None:
+        self._files, self._dtype, self._quantised = files, dtype, quantised
 
     def names(self) -> set[str]:
         return set(self._files)
@@ -116,21 +122,42 @@ class _Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def get(self, name: str) -> Tensor:
+    def _stored(self, name: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
         try:
             tensor: Tensor = self._files[name].get_tensor(name)
         except SafetensorError as error:
             raise WeightsError(f"{name}: cannot be read: {error}") from None
-        if tensor.dtype not in _STORED_DTYPES:
-            raise WeightsError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
-        return tensor.to(self._dtype)
+        if tensor.dtype not in dtypes:
+            *rest, last = (str(d).removeprefix("torch.") for d in dtypes)
+            expected = f"{', '.join(rest)} or {last}" if rest else last
+            raise WeightsError(f"{name}: expected {expected}, got {tensor.dtype}")
+        return tensor
+
+    def get(self, name: str) -> Tensor:
+        return self._stored(name, _STORED_DTYPES).to(self._dtype)
 
     def join(self, *names: str) -> Tensor:
         return torch.cat([self.get(name) for name in names])
 
+    def matrix(self, *names: str) -> Matrix:
+        """The weights of a linear layer, or of several joined."""
+        if not self._quantised:
+            return self.join(*names) if len(names) > 1 else self.get(names[0])
+        parts = []
+        for name in names:
+            part = Fp8Matrix(
+                self._stored(name, (FP8,)), self._stored(name + "_scale", (torch.float32,))
+            )
+            if wrong := fault(part):
+                raise WeightsError(f"{name}: {wrong}")
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
+        return Fp8Matrix(torch.cat([p.data for p in parts]), torch.cat([p.scale for p in parts]))
+
 
 @contextmanager
-def _open_checkpoint(directory: Path, dtype: torch.dtype) -> Iterator[_Checkpoint]:
+def _open_checkpoint(directory: Path, dtype: torch.dtype, quantised: bool) -> Iterator[_Checkpoint]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
         try:
@@ -172,7 +199,7 @@ def _open_checkpoint(directory: Path, dtype: torch.dtype) -> Iterator[_Checkpoin
         for name, file in (weight_map or {}).items():
             if name not in files:
                 raise WeightsError(f"{directory / file}: tensor {name!r} is in the index, not here")
-        yield _Checkpoint(files, dtype)
+        yield _Checkpoint(files, dtype, quantised)
 
 
 def _check_names_and_shapes(checkpoint: _Checkpoint, config: ModelConfig, directory: Path) -> None:
@@ -212,9 +239,9 @@ def load_weights(
             or of an unsupported dtype.
     """
     directory = Path(model_dir)
-    with _open_checkpoint(directory, dtype or config.dtype) as checkpoint:
+    with _open_checkpoint(directory, dtype or config.dtype, config.quantised) as checkpoint:
         _check_names_and_shapes(checkpoint, config, directory)
-        get, join = checkpoint.get, checkpoint.join
+        get, join, matrix = checkpoint.get, checkpoint.join, checkpoint.matrix
         layers = []
         for layer in range(config.num_layers):
             p = f"model.layers.{layer}."
@@ -222,12 +249,12 @@ def load_weights(
             layers.append(
                 LayerWeights(
                     input_norm=get(p + "input_layernorm.weight"),
-                    qkv=join(*(f"{attn}{x}_proj.weight" for x in "qkv")),
+                    qkv=matrix(*(f"{attn}{x}_proj.weight" for x in "qkv")),
                     qkv_bias=join(*(f"{attn}{x}_proj.bias" for x in "qkv")),
-                    o=get(attn + "o_proj.weight"),
+                    o=matrix(attn + "o_proj.weight"),
                     post_norm=get(p + "post_attention_layernorm.weight"),
-                    gate_up=join(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-                    down=get(mlp + "down_proj.weight"),
+                    gate_up=matrix(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+                    down=matrix(mlp + "down_proj.weight"),
                 )
             )
         embed = get("model.embed_tokens.weight")

@@ -25,9 +25,10 @@ from qwen1m_ext.estimate import (
     linear_params,
     measure_cpu,
 )
+from qwen1m_ext.fp8 import FP8
 from qwen1m_ext.kv_cache import KVCache
 from qwen1m_ext.model import Workspace
-from qwen1m_ext.plan import FP8, Deployment, fit_context, largest_context, memory_plan
+from qwen1m_ext.plan import Deployment, fit_context, largest_context, memory_plan
 from qwen1m_ext.planner import Report, cheapest_changes, plan_report
 from qwen1m_ext.weights import expected_shapes
 
@@ -40,7 +41,7 @@ LENGTHS = (1 << 17, 1 << 18, 1 << 19, 1 << 20)
 
 
 def deployment(tokens: int = 1 << 20, **changes: Any) -> Deployment:
-    base = Deployment(tokens, BF16, BF16, BF16, chunk_tokens=32_768, gpu=True)
+    base = Deployment(tokens, BF16, BF16, chunk_tokens=32_768, gpu=True)
     return replace(base, **changes)
 
 
@@ -96,9 +97,9 @@ BY_HAND = {
 def planned(config: ModelConfig, what: str, tokens: int) -> float:
     """The planner's figure for a row of BY_HAND."""
     quantity, _, columns = what.partition(", ")
+    config = replace(config, quantised="w8" in quantity or quantity.endswith("s fp8"))
     d = deployment(
         tokens,
-        weights_dtype=FP8 if "w8" in quantity or quantity.endswith("s fp8") else BF16,
         kv_dtype=FP8 if "kv8" in quantity or quantity == "kv GB fp8" else BF16,
         sparse="sparse" in quantity,
     )
@@ -154,7 +155,7 @@ def test_whole_plans_of_one_h200() -> None:
     close((cache8.items["weights"] + cache8.items["kv cache"]) / 1e9, "132.6")
     close(cache8.items["scratch"] / 1e9, "4.3")
     close(cache8.total / (1 << 30), "132")
-    both = memory_plan(fourteen, deployment(kv_dtype=FP8, weights_dtype=FP8))
+    both = memory_plan(replace(fourteen, quantised=True), deployment(kv_dtype=FP8))
     close(both.items["weights"] / 1e9, "16.3")
     close(both.total / (1 << 30), "119")
 
