@@ -137,7 +137,7 @@ RANKS = [
     {"core"},
     {"engine"},
     {"llm"},
-    {"server", "doctor", "demo", "chat", "planner"},
+    {"server", "doctor", "demo", "accuracy", "chat", "planner", "quantize"},
     {"cli"},
 ]
 # Modules that launch no kernel: of ops they may have constants (PAGE_SIZE) only.

@@ -141,6 +141,22 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=gibibytes, metavar="GIB", help="what is available")
     plan.add_argument("--json", action="store_true")
 
+    quantize = commands.add_parser(
+        "quantize",
+        help="fp8 weights: half the memory, with an accuracy report",
+        description="Write a checkpoint whose linear layers are in fp8 (e4m3, a scale per row); "
+        "it loads like any other. Then both are compared on real text.",
+    )
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("model", metavar="MODEL_DIR")
+    quantize.add_argument("out", type=Path, metavar="OUT_DIR", help="must not exist yet")
+    quantize.add_argument("--text", type=Path, metavar="FILE",
+                          help="text of the report (default: Python's documentation)")  # fmt: skip
+    quantize.add_argument("--report-tokens", type=token_count, default=4096, metavar="N",
+                          help="length of the text, in tokens (default: 4k)")  # fmt: skip
+    quantize.add_argument("--no-report", action="store_true", help="write the checkpoint only")
+    quantize.add_argument("-q", "--quiet", action="store_true", help="no bar")
+
     doctor = commands.add_parser(
         "doctor",
         help="versions, CPU features, operators, self-test; paste-ready",
@@ -279,6 +295,18 @@ def _plan(args: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if value is not None},
     )
     return run_plan(report, as_json=args.json)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from .accuracy import read_text, run_report
+    from .quantize import quantize_with_bar
+
+    text = read_text(args.text)  # before the work, not after it
+    quantize_with_bar(args.model, args.out, quiet=args.quiet)
+    print(f"{args.out}: fp8 checkpoint, loads like any other")
+    if not args.no_report:
+        run_report(args.model, args.out, text, args.report_tokens)
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

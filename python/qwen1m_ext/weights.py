@@ -53,7 +53,8 @@ def fingerprint(weights: ModelWeights) -> str:
     """Tells checkpoints apart: a hash of 64 values of every matrix and bias, and the shapes."""
     digest = hashlib.blake2b(digest_size=16)
     tensors = [weights.embed, weights.norm, weights.lm_head]
-    tensors += [t for layer in weights.layers for t in vars(layer).values()]
+    for part in (part for layer in weights.layers for part in vars(layer).values()):
+        tensors += [part.data, part.scale] if isinstance(part, Fp8Matrix) else [part]
     for tensor in tensors:
         flat = tensor.reshape(-1)
         digest.update(repr(tuple(tensor.shape)).encode())
@@ -122,7 +123,7 @@ class _Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def _stored(self, name: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    def stored(self, name: str, dtypes: tuple[torch.dtype, ...] = _STORED_DTYPES) -> Tensor:
         try:
             tensor: Tensor = self._files[name].get_tensor(name)
         except SafetensorError as error:
@@ -134,7 +135,7 @@ class _Checkpoint:
         return tensor
 
     def get(self, name: str) -> Tensor:
-        return self._stored(name, _STORED_DTYPES).to(self._dtype)
+        return self.stored(name).to(self._dtype)
 
     def join(self, *names: str) -> Tensor:
         return torch.cat([self.get(name) for name in names])
@@ -146,7 +147,7 @@ class _Checkpoint:
         parts = []
         for name in names:
             part = Fp8Matrix(
-                self._stored(name, (FP8,)), self._stored(name + "_scale", (torch.float32,))
+                self.stored(name, (FP8,)), self.stored(name + "_scale", (torch.float32,))
             )
             if wrong := fault(part):
                 raise WeightsError(f"{name}: {wrong}")
@@ -227,6 +228,19 @@ def _check_names_and_shapes(checkpoint: _Checkpoint, config: ModelConfig, direct
                 f"{directory}: {name}: expected shape {list(shape)} from config.json, "
                 f"got {list(checkpoint.shape(name))}"
             )
+
+
+def stored_tensors(model_dir: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an unquantised checkpoint as it is stored, one at a time.
+
+    Raises:
+        WeightsError: as `load_weights`.
+    """
+    directory = Path(model_dir)
+    with _open_checkpoint(directory, config.dtype, quantised=False) as checkpoint:
+        _check_names_and_shapes(checkpoint, config, directory)
+        for name in expected_shapes(config):
+            yield name, checkpoint.stored(name)
 
 
 def load_weights(
