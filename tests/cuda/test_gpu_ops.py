@@ -31,8 +31,8 @@ def gpu(request: pytest.FixtureRequest) -> str:
     return "cuda"
 
 
-def call(arguments: dict[str, Any]) -> Tensor:
-    ops.prefill_attention(**arguments)
+def call(arguments: dict[str, Any], op: str = "prefill_attention") -> Tensor:
+    getattr(ops, op)(**arguments)
     return arguments["out"]
 
 
@@ -70,18 +70,19 @@ def test_the_default_stream_does_not_wait_for_a_side_stream(gpu: str) -> None:
     assert_same_bits(arguments["out"], expected)
 
 
-def test_a_graph_can_hold_it(gpu: str) -> None:
+@pytest.mark.parametrize("op", ["prefill_attention", "decode_attention"])
+def test_a_graph_can_hold_it(op: str, gpu: str) -> None:
     """Captured once, replayed with other lengths and queries: nothing was read by the host."""
-    arguments = good_arguments("prefill_attention", gpu)
-    call(arguments)
+    arguments = good_arguments(op, gpu)
+    call(arguments, op)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call(arguments)
-    changed = good_arguments("prefill_attention", gpu)
+        call(arguments, op)
+    changed = good_arguments(op, gpu)
     changed["q"] *= 0.5
     changed["kv_len"] -= 1
-    expected = call(changed).clone()
+    expected = call(changed, op).clone()
     for name in ("q", "kv_len"):
         arguments[name].copy_(changed[name])
     arguments["out"].zero_()

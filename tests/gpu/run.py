@@ -31,14 +31,14 @@ FUSED_TESTS = [
     "tests/ops/test_qkv_rope_append.py",
 ]  # fmt: skip
 OP_TESTS = [
-    "tests/ops/test_prefill_attention.py", "tests/ops/test_registration.py",
-    *FUSED_TESTS, "tests/ops/test_gpu_refusals.py",
+    "tests/ops/test_prefill_attention.py", "tests/ops/test_decode_attention.py",
+    "tests/ops/test_registration.py", *FUSED_TESTS, "tests/ops/test_gpu_refusals.py",
     "tests/cuda/test_gpu_ops.py", "--device=cuda",
 ]  # fmt: skip
 # Small shapes for the sanitizers, which slow a kernel down by a factor of 10 to 100.
 SMALL = (
     "test_matches_definition and bf16 and (page_plus_1 or two_chunks_clamp or chunk_896_border"
-    " or vectors_of_8 or qwen_7b or chunk_border)"
+    " or vectors_of_8 or qwen_7b or chunk_border or page_edges or gqa_7 or split_edges)"
 )
 NO_GPU = "no CUDA device"  # the reason of tests/conftest.py
 NEEDED_BY_ALL = ("configure", "build", "package")
@@ -68,7 +68,12 @@ def sanitizer(name: str) -> list[str] | str:
     if path is None:
         return "compute-sanitizer is not installed"
     tests = pytest(
-        "tests/ops/test_prefill_attention.py", *FUSED_TESTS, "--device=cuda", "-k", SMALL
+        "tests/ops/test_prefill_attention.py",
+        "tests/ops/test_decode_attention.py",
+        *FUSED_TESTS,
+        "--device=cuda",
+        "-k",
+        SMALL,
     )
     return [path, "--tool", name, "--error-exitcode", "9", "--target-processes", "all", *tests]
 
@@ -100,8 +105,8 @@ def command_of(stage: str) -> list[str] | str:
         ],
         "build": [
             "cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count()), "--target", "_C",
-            "_host", "conformance_gpu", "fused_bench", "prefill_attention_bench",
-            "tma_bandwidth_bench",
+            "_host", "conformance_gpu", "decode_attention_bench", "fused_bench",
+            "prefill_attention_bench", "tma_bandwidth_bench",
         ],
         "package": [
             "cmake", "--install", str(BUILD), "--component", "python",
@@ -126,6 +131,13 @@ def command_of(stage: str) -> list[str] | str:
             sys.executable, str(ROOT / "bench" / "e2e" / "norms_torch.py"),
             "--json", str(OUT / "norms_torch.json"),
         ],
+        "bench-decode": program(
+            "decode_attention_bench", "--json", str(OUT / "decode_attention.json")
+        ),
+        "bench-decode-sdpa": [
+            sys.executable, str(ROOT / "bench" / "e2e" / "decode_attention_sdpa.py"),
+            "--json", str(OUT / "decode_attention_sdpa.json"),
+        ],
         "bench-sdpa": [sys.executable, sdpa, "--json", str(OUT / "prefill_attention_sdpa.json")],
         "bench-kernel": program(
             "prefill_attention_bench", "--json", str(OUT / "prefill_attention.json"),
@@ -138,7 +150,7 @@ def command_of(stage: str) -> list[str] | str:
 STAGES = (
     "device", "configure", "build", "package", "doctor", "stream", "conformance", "ops", "ops-sm80",
     "kernels", "memcheck", "racecheck", "synccheck", "bench-tma", "bench-fused",
-    "bench-norms", "bench-sdpa", "bench-kernel",
+    "bench-norms", "bench-decode", "bench-decode-sdpa", "bench-sdpa", "bench-kernel",
 )  # fmt: skip
 
 
