@@ -12,6 +12,7 @@
 
 #include "common/attention/block_kernel.h"
 #include "inputs.h"
+#include "kernels.h"
 #include "ops/decode_attention/decode_attention_cpu.h"
 #include "ops/prefill_attention/prefill_attention_cpu.h"
 #include "test.h"
@@ -19,6 +20,8 @@
 namespace qwen1m {
 namespace {
 
+using test::kernels_for_prefill;
+using test::NamedKernels;
 using test::random_values;
 using test::threads;
 
@@ -229,33 +232,6 @@ Result<T> decode(Batch<T>& batch, BlockKernels kernels, int workers) {
        .dual_chunk = batch.chunks},
       threads(workers), kernels);
   return result;
-}
-
-struct NamedKernels {
-  std::string name;
-  BlockKernels kernels;
-};
-
-/// What this binary has for T and this machine can run, up to QWEN1M_CPU_ISA.
-template <typename T>
-std::vector<NamedKernels> kernels_for_prefill() {
-  const DType dtype = test::dtype_of<T>();
-  std::vector<NamedKernels> all{{"portable", portable_kernels(dtype)}};
-#if Q1M_HAVE_AVX512
-  if (cpu_isa() >= CpuIsa::kAvx512) {
-    all.push_back({"avx512", avx512_kernels(dtype)});
-    all.push_back({"amx_software_avx512", amx_software_avx512_kernels(dtype)});
-  }
-#endif
-#if Q1M_HAVE_AVX512BF16
-  if (cpu_isa() >= CpuIsa::kAvx512Bf16) all.push_back({"avx512_bf16", avx512_bf16_kernels(dtype)});
-#endif
-#if Q1M_HAVE_AMX
-  if (cpu_isa() >= CpuIsa::kAmx) all.push_back({"amx", amx_kernels(dtype)});
-#endif
-  all.push_back({"amx_software", amx_software_kernels(dtype)});
-  std::erase_if(all, [](const NamedKernels& k) { return k.kernels.count == 0; });
-  return all;
 }
 
 /// Those of decode, and those of prefill: a decode call takes any.

@@ -172,6 +172,10 @@ PageTile TileWalker::pack_keys(const PageKeys& keys) {
   PageTile page = kernel_->pack_page(page_rows(context_.k_cache, keys.page), nullptr,
                                      context_.head_dim, keys.lo, keys.hi, k_pack_, v_pack_);
   page.begin = keys.page * kPageSize;
+  if (keys.next_page >= 0) {
+    page.next_k = page_rows(context_.k_cache, keys.next_page);
+    page.page_bytes = kPageSize * context_.head_dim * element_size(context_.dtype);
+  }
   return page;
 }
 

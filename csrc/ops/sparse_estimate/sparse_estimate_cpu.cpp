@@ -62,9 +62,10 @@ class Estimate {
     const int64_t kv_head = task / pieces_, piece = task % pieces_;
     start(worker, kv_head);
     for_each_page(worker, piece, [&](TileWalker& walker, int64_t, const PageKeys& keys) {
-      const PageTile page = walker.pack_keys(keys);
+      PageTile page = walker.pack_keys(keys);
       for (LaneBlock& block : walker.blocks()) {
         walker.kernel().sum(block, page, context_.head_dim, log2_scale(), worker.scores.data());
+        page.next_k = nullptr, page.page_bytes = 0;  // once is enough
       }
     });
     for (int64_t g = 0; g < group_; ++g) {
@@ -116,13 +117,14 @@ class Estimate {
     const int64_t last_page = (end - 1) / kPageSize;
     const int64_t lowest = first_token_ - (last_page * kPageSize + kPageSize - 1);
     for_each_page(worker, piece, [&](TileWalker& walker, int64_t g, const PageKeys& keys) {
-      const PageTile page = walker.pack_keys(keys);
+      PageTile page = walker.pack_keys(keys);
       float* column = worker.column.data();
       std::fill_n(column, kPageSize, 0.0f);
       for (LaneBlock& block : walker.blocks()) {
         const int64_t offset = block.first_token - page.begin - (kPageSize - 1);
         walker.kernel().spread(block, page, context_.head_dim, log2_scale(), worker.scores.data(),
                                column, worker.slash.data() + g * stride + offset - lowest);
+        page.next_k = nullptr, page.page_bytes = 0;
       }
       float* out = p_.vertical.at(kv_head * group_ + g, page.begin);
       // A page with a Dual Chunk border is visited once for each stage.
@@ -208,10 +210,13 @@ class Estimate {
       for (TileWalker& walker : worker.walkers) walker.enter(static_cast<Stage>(stage));
       for (int64_t page = begin / kPageSize; page * kPageSize < end; ++page) {
         const int64_t page_begin = page * kPageSize;
-        const PageKeys keys{.page = page,
-                            .lo = static_cast<int>(std::max(begin - page_begin, int64_t{0})),
-                            .hi = static_cast<int>(std::min(end - page_begin, kPageSize))};
-        for (int64_t g = 0; g < group_; ++g) f(worker.walkers[static_cast<size_t>(g)], g, keys);
+        PageKeys keys{.page = page,
+                      .lo = static_cast<int>(std::max(begin - page_begin, int64_t{0})),
+                      .hi = static_cast<int>(std::min(end - page_begin, kPageSize)),
+                      .next_page = page_begin + kPageSize < end ? page + 1 : -1};
+        for (int64_t g = 0; g < group_; ++g, keys.next_page = -1) {
+          f(worker.walkers[static_cast<size_t>(g)], g, keys);
+        }
       }
     }
   }
