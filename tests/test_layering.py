@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "qwen1m_ext"
+FOLDERS = list(PACKAGE.glob("*/__init__.py"))
 
 # --- C++ ------------------------------------------------------------------------------------------
 
@@ -130,13 +131,22 @@ RANKS = [
     {"config"},
     {"weights", "tokenizer", "request"},
     {"kv_cache", "output", "sampler", "events", "cost_model"},
-    {"attention", "sparsity", "sessions", "handle", "prefix_cache", "terminal"},
+    {
+        "attention",
+        "sparsity",
+        "sessions",
+        "handle",
+        "prefix_cache",
+        "terminal",
+        "grammar",
+        "session_files",
+    },
     {"model", "sequence"},
     {"scoring", "residency", "runner", "output_processor", "speculative", "offload", "plan"},
     {"scheduler", "estimate"},
     {"core"},
     {"engine"},
-    {"llm"},
+    {"llm", "session_command"},
     {"server", "doctor", "demo", "accuracy", "chat", "planner", "quantize"},
     {"cli"},
 ]
@@ -157,7 +167,9 @@ WITHOUT_KERNELS = {
 
 
 def modules() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem[:2] != "__"}
+    """Modules of the package; a folder with an __init__.py counts as one."""
+    files = [path for path in sorted(PACKAGE.glob("*.py")) if path.stem[:2] != "__"]
+    return {path.stem: path for path in [*files, *sorted(p.parent for p in FOLDERS)]}
 
 
 def rank(module: str) -> int:
@@ -167,14 +179,17 @@ def rank(module: str) -> int:
     raise AssertionError(f"qwen1m_ext.{module} has no place in RANKS: add it to its layer")
 
 
-def imported_modules(source: str) -> set[str]:
-    """Modules of the package that `source` imports, at any depth of nesting."""
+def imported_modules(source: str, level: int = 1) -> set[str]:
+    """Modules of the package that `source` imports, at any depth of nesting.
+
+    `level`: of relative imports that start at the package; 2 in a file of a folder.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            if node.level == 1 or module.split(".")[0] == "qwen1m_ext":
-                inner = module if node.level == 1 else module.partition(".")[2]
+            if node.level == level or module.split(".")[0] == "qwen1m_ext":
+                inner = module if node.level == level else module.partition(".")[2]
                 found |= {inner.split(".")[0]} if inner else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {
@@ -198,18 +213,21 @@ def runtime_source(source: str) -> str:
 
 @pytest.mark.parametrize("name", modules())
 def test_python_layers(name):
-    source = runtime_source(modules()[name].read_text())
-    for other in imported_modules(source):
-        assert rank(other) < rank(name), f"{name} imports {other}, which stands no lower"
-    if name in WITHOUT_KERNELS:
-        assert "from . import ops" not in source
-        for names in re.findall(r"from \.ops import (.+)", source):
-            assert names.isupper(), f"{name} launches no kernel, but imports {names}"
+    module = modules()[name]
+    files = sorted(module.rglob("*.py")) if module.is_dir() else [module]
+    for file in files:
+        source = runtime_source(file.read_text())
+        for other in imported_modules(source, 1 + len(file.relative_to(PACKAGE).parts[:-1])):
+            assert rank(other) < rank(name), f"{file.name} imports {other}, which stands no lower"
+        if name in WITHOUT_KERNELS:
+            assert not re.search(r"from \.+ import ops", source)
+            for names in re.findall(r"from \.+ops import (.+)", source):
+                assert names.isupper(), f"{name} launches no kernel, but imports {names}"
 
 
 def test_only_ops_touches_the_registered_operators():
-    for name, path in modules().items():
-        if name != "ops":
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "ops.py":
             assert "torch.ops" not in re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(), flags=re.S)
 
 
@@ -217,6 +235,8 @@ def test_the_python_rule_itself():
     source = "from .ops import swiglu\nfrom . import errors\nimport qwen1m_ext.config\nimport os\n"
     assert imported_modules(source) <= {"ops", "errors", "config"}
     assert "errors" in imported_modules(source)
+    assert imported_modules("from ..engine import Engine\nfrom .app import x", 2) == {"engine"}
+    assert {"server", "engine"} <= set(modules())
     assert rank("ops") < rank("model") < rank("engine") < rank("cli")
     with pytest.raises(AssertionError, match="no place in RANKS"):
         rank("utils")

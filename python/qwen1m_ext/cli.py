@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from . import __version__, demo_model_path
 from .errors import Qwen1mError, RequestError
+from .server import command as serve_command
+from .session_command import add_commands as add_session_commands
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -105,6 +107,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_and_sampling(chat)
 
+    serve = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible HTTP server, with a page at /",
+        description="Serve a model over HTTP (docs/server.md).",
+    )
+    serve.set_defaults(run=serve_command.run)
+    _add_model(serve)
+    serve_command.add_arguments(serve)
+
+    sessions = commands.add_parser(
+        "sessions",
+        help="save, load, list, rm: caches on disk",
+        description="Keep the cache of a long text on disk and go on from it later.",
+    )
+    add_session_commands(sessions, _add_model_and_sampling, _load, _read_prompt)
+
     demo = commands.add_parser(
         "demo",
         help="find a fact hidden in a very long text",
@@ -166,16 +184,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_and_sampling(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", default=str(demo_model_path()),
                         help="checkpoint directory (default: the demo model)")  # fmt: skip
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rope", choices=("auto", "dca", "plain"), default="auto")
-    parser.add_argument("--system", help="system message of a chat")
-    parser.add_argument("--max-tokens", type=token_count, default=256, metavar="N")
     parser.add_argument("--max-model-len", type=token_count, metavar="N",
                         help="context to reserve for (default: the model's)")  # fmt: skip
+
+
+def _add_model_and_sampling(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--system", help="system message of a chat")
+    parser.add_argument("--max-tokens", type=token_count, default=256, metavar="N")
     for name, kind in _SAMPLING.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),

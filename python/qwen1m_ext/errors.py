@@ -24,6 +24,10 @@ class ContextTooLong(RequestError):  # noqa: N818 - the name is the contract
     """Prompt plus requested tokens exceed `max_model_len`. Nothing was truncated."""
 
 
+class SessionFileError(Qwen1mError, ValueError):
+    """A session file that is damaged, or belongs to another model or configuration."""
+
+
 class MemoryBudgetError(Qwen1mError, MemoryError):
     """The work does not fit in memory; raised before it starts."""
 

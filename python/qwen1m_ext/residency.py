@@ -207,7 +207,10 @@ class Residency:
         sequence.cache = None
         self.running.remove(sequence)
         if request.session is not None and sequence.is_leader:
-            request.session.end(sequence.tokens[: 0 if preempted else uniform])
+            outputs = sequence.final_outputs
+            end = 0 if outputs is None else sequence.prompt_len + outputs
+            kept = 0 if preempted else uniform
+            request.session.end(sequence.tokens[:kept], sequence.tokens[kept:end])
         else:
             cache.truncate(keep)
             self.cache.close(cache)

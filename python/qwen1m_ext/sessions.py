@@ -29,6 +29,7 @@ class Session:
         self.busy = False  # a request computes in it
         self.closed = False
         self.token_ids: list[int] = []  # in the cache, all computed under `temperature`
+        self.drawn: list[int] = []  # by the last request after them, and not computed
         self.temperature: float | None = None  # s(n); None: nothing cached yet
 
     def begin(self, token_ids: Sequence[int], temperature: float) -> tuple[int, float]:
@@ -54,9 +55,12 @@ class Session:
         self.truncate(reused)
         return reused, temperature
 
-    def end(self, token_ids: Sequence[int]) -> None:
-        """Take over what a request leaves: these tokens are in the cache, under the same s."""
-        self.token_ids = list(token_ids)
+    def end(self, token_ids: Sequence[int], drawn: Sequence[int] = ()) -> None:
+        """Take over what a request leaves: these tokens are in the cache, under the same s.
+
+        `drawn` are the output tokens after them: a sample's last one is never computed.
+        """
+        self.token_ids, self.drawn = list(token_ids), list(drawn)
         self.truncate(len(self.token_ids))
         self.busy = False
         if self.closed:

@@ -67,6 +67,20 @@ class Tokenizer:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; those of half a character are no text by themselves."""
+        text = self.decode([token_id], False)
+        if "\ufffd" not in text:
+            return text.encode()
+        symbols = self._tokenizer.id_to_token(token_id) or ""
+        if all(symbol in _BYTE_OF_SYMBOL for symbol in symbols):
+            return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in symbols)
+        return text.encode()
+
+    def to_json(self) -> str:
+        """The contents of tokenizer.json, as other libraries read them."""
+        return str(self._tokenizer.to_str())
+
     def token_id(self, token: str) -> int | None:
         """Id of a token, None if there is no such token."""
         found: int | None = self._tokenizer.token_to_id(token)
@@ -148,6 +162,16 @@ class Detokenizer:
         decode = self._tokenizer.decode
         before = decode(self._ids[self._prefix : self._read], self._skip)
         return before, decode(self._ids[self._prefix :], self._skip)
+
+
+def _byte_symbols() -> dict[str, int]:
+    """The characters that byte-level vocabularies write for bytes (GPT-2's table, inverted)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_SYMBOL = _byte_symbols()
 
 
 def _raise(message: str) -> None:

@@ -104,3 +104,12 @@ def test_missing_or_broken_files(tmp_path: Path) -> None:
     (directory / "tokenizer_config.json").unlink()
     with pytest.raises(RequestError, match="no chat template"):
         Tokenizer(directory).apply_chat_template([{"role": "user", "content": ""}])
+
+
+def test_bytes_of_single_tokens(checkpoint):
+    """Half a character has no text, but bytes."""
+    tokenizer = Tokenizer(checkpoint)
+    ids = tokenizer.encode("a\u00fc\u65e5")
+    assert b"".join(map(tokenizer.token_bytes, ids)) == "a\u00fc\u65e5".encode()
+    assert tokenizer.token_bytes(ids[1]) == b"\xc3"
+    assert tokenizer.token_bytes(258) == b"<|im_end|>"

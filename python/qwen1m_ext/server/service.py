@@ -1,0 +1,192 @@
+"""The server's state: the engine while it loads and after, requests, sessions, admission."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from fastapi import Request
+
+from ..engine import Engine
+from ..grammar import GrammarCompiler
+from ..sampler import LogitsProcessor
+from ..sessions import Session
+from ..tokenizer import Tokenizer
+from .errors import ApiError
+from .generation import Generation
+from .metrics import Metrics
+from .named_sessions import NamedSessions
+from .prompts import Prompt, check_room, json_schema, sampling_params
+from .registry import Registry
+from .schemas import GenerationBody
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+WORKERS = 4
+"""Threads that tokenise, compile grammars and write sessions, beside the event loop."""
+
+T = TypeVar("T")
+
+
+class Service:
+    """Everything that requests share. Its methods run on the event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Prepare; `load` makes it ready."""
+        self.settings = settings
+        self.registry = Registry()
+        self.metrics = Metrics(
+            lambda: self._engine.stats() if self._engine else None, self.registry.running
+        )
+        self.sessions = NamedSessions(settings.session_dir)
+        self.draining = False
+        self.failure: BaseException | None = None  # why the engine could not be loaded
+        self._engine: Engine | None = None
+        self._grammars: GrammarCompiler | None = None
+        self._workers = ThreadPoolExecutor(WORKERS, "qwen1m-server")
+
+    # --- life ---
+
+    async def load(self) -> None:
+        """Load the model; on failure `failure` says why."""
+        try:
+            self._engine = await self.work(
+                lambda: Engine(self.settings.model_dir, **self.settings.engine)
+            )
+        except Exception as error:
+            self.failure = error
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises ApiError 503 while it loads."""
+        if self._engine is None:
+            raise ApiError(503, "the model is being loaded", code="not_ready", retry_after=5)
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The engine's tokenizer."""
+        tokenizer = self.engine.tokenizer
+        assert tokenizer is not None
+        return tokenizer
+
+    async def drain(self, seconds: float) -> None:
+        """Let running requests finish, for so long; cancel what is left then."""
+        self.draining = True
+        end = asyncio.get_running_loop().time() + seconds
+        while len(self.registry) and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.05)
+        self.registry.cancel_all()
+
+    async def close(self) -> None:
+        """Cancel everything and stop the engine."""
+        self.draining = True
+        self.registry.cancel_all()
+        if self._engine is not None:
+            engine = self._engine
+            await self.work(lambda: engine.shutdown(drain=False))
+        self._workers.shutdown(wait=False)
+
+    async def work(self, function: Callable[[], T]) -> T:
+        """Run something that takes a while on a worker thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function)
+
+    # --- requests ---
+
+    def check_model(self, model: str | None) -> None:
+        """Refuse a request for a model that is not served here."""
+        if model is not None and model != self.settings.served_name:
+            raise ApiError(
+                404,
+                f"model: expected {self.settings.served_name!r}, got {model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _admit(self) -> None:
+        """Refuse when draining, loading or full."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="draining", retry_after=30)
+        # those on a worker thread are not with the engine yet, but will be
+        waiting = self.engine.stats().requests_waiting + self.registry.preparing
+        limit = self.settings.max_queue
+        if waiting >= limit:
+            raise ApiError(
+                429,
+                f"{waiting} requests are waiting, the limit is {limit}",
+                code="queue_full",
+                retry_after=self._retry_after(),
+            )
+
+    def _retry_after(self) -> int:
+        """Seconds until the first running prefill ends, within 1 to 60."""
+        etas = [s["eta_ms"] / 1000 for s in self.registry.running() if s["eta_ms"] is not None]
+        return max(1, min(60, math.ceil(min(etas, default=1.0))))
+
+    async def generate(
+        self,
+        request: Request,
+        body: GenerationBody,
+        prefix: str,
+        prompts: Callable[[Session | None], list[Prompt]],
+        *,
+        alone: bool = False,
+    ) -> Generation:
+        """Check a request and submit it; the caller closes it with `finish`.
+
+        Args:
+            request: for its X-Request-Id.
+            body: what is asked for.
+            prefix: of a random id.
+            prompts: makes the prompts, given the session; runs on a worker thread.
+            alone: the session must have no other request.
+
+        Raises:
+            ApiError and the engine's errors; nothing runs then.
+        """
+        self.check_model(body.model)
+        self._admit()
+        engine = self.engine
+        request_id = self.registry.new_id(prefix, request.headers.get("x-request-id"))
+        generation = Generation(request_id, prefix, self.metrics, body.return_progress)
+        if body.session is not None:
+            generation.session, generation.on_close = self.sessions.use(body.session, alone)
+
+        def submit() -> None:
+            params = sampling_params(engine, body)
+            generation.prompts = prompts(generation.session)
+            for prompt in generation.prompts:
+                check_room(engine, prompt, params.max_tokens)
+                engine.check(prompt.token_ids, params)
+            schema = json_schema(body)
+            mask = None if schema is None else self._compile(schema)
+            generation.submit(engine, params, priority=body.priority, pin=body.pin, mask=mask)
+
+        self.registry.add(generation)
+        try:
+            await self.work(submit)
+        except BaseException:
+            await asyncio.shield(self.finish(generation, forget=True))
+            raise
+        return generation
+
+    async def finish(self, generation: Generation, forget: bool = False) -> None:
+        """Close a generation and take it off the list; `forget`: it has never begun."""
+        try:
+            await generation.close()
+        finally:
+            self.registry.remove(generation, forget)
+
+    def _compile(self, schema: dict[str, object]) -> Callable[[int], LogitsProcessor]:
+        """The mask of a JSON schema; the compiler is made when it is first needed."""
+        if self._grammars is None:
+            engine = self.engine
+            self._grammars = GrammarCompiler(
+                self.tokenizer, engine.config.vocab_size, sorted(engine.eos_token_ids)
+            )
+        return self._grammars.json_schema(schema)

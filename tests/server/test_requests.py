@@ -1,0 +1,253 @@
+"""The long wait: progress, keep-alive, status, cancelling, going away, and coming back."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import threading
+import time
+import urllib.error
+
+import openai
+import pytest
+
+from lib.server import ServerProcess
+from qwen1m_ext.haystack import held_out_text
+
+MODEL = "demo_model"
+LONG = 8_000  # tokens: some seconds of prefill, eight chunks
+
+
+def long_prompt(seed: int, tokens: int = LONG) -> str:
+    return held_out_text(tokens, random.Random(seed))
+
+
+def raw_stream(server: ServerProcess, body: dict, headers: dict | None = None):
+    """(connection, response) of a streaming request, without a client library."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(
+        "POST",
+        "/v1/completions",
+        json.dumps({"model": MODEL, "stream": True, "temperature": 0} | body),
+        {"Content-Type": "application/json"} | (headers or {}),
+    )
+    return connection, connection.getresponse()
+
+
+def wait_for(predicate, seconds: float = 30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = predicate()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("it did not happen in time")
+
+
+def test_headers_at_once_then_comments_and_progress(server):
+    connection, response = raw_stream(
+        server, {"prompt": long_prompt(1), "max_tokens": 2, "return_progress": True}
+    )
+    assert response.status == 200
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    request_id = response.headers["X-Request-Id"]
+    lines = response.read().decode().splitlines()
+    connection.close()
+    assert lines[0] == f": {request_id}"  # before anything is computed
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    progress = [c["prompt_progress"] for c in chunks if "prompt_progress" in c]
+    assert len(progress) > 3
+    dones = [p["done"] for p in progress]
+    assert dones == sorted(dones) and dones[-1] == progress[-1]["total"]
+    assert all(p["eta_ms"] >= 0 and p["cached"] == 0 for p in progress)
+    assert progress[-1]["eta_ms"] == 0
+    first_text = next(i for i, c in enumerate(chunks) if c["choices"])
+    assert all("prompt_progress" not in c for c in chunks[first_text:])
+    assert lines[-2] == "data: [DONE]"
+
+
+def test_silence_is_broken_by_the_clock(server):
+    """Without progress chunks nothing happens for seconds; proxies must see bytes all the same."""
+    connection, response = raw_stream(server, {"prompt": long_prompt(2), "max_tokens": 1})
+    lines = response.read().decode().splitlines()
+    connection.close()
+    comments = [line for line in lines if line == ": keep-alive"]
+    assert len(comments) >= 2
+    assert not any("prompt_progress" in line for line in lines)
+
+
+def test_the_official_client_sees_progress(client):
+    stream = client.completions.create(
+        model=MODEL, prompt=long_prompt(3, 3000), max_tokens=1, stream=True,
+        extra_body={"return_progress": True},
+    )  # fmt: skip
+    seen = [chunk.prompt_progress for chunk in stream if hasattr(chunk, "prompt_progress")]
+    assert seen and seen[-1]["done"] == seen[-1]["total"]
+
+
+def test_status_from_outside_and_cancel(server):
+    prompt = long_prompt(4)
+    connection, response = raw_stream(
+        server, {"prompt": prompt, "max_tokens": 50}, {"X-Request-Id": "mine-1"}
+    )
+    assert response.headers["X-Request-Id"] == "mine-1"
+
+    def far_enough():
+        status = server.get("/v1/requests/mine-1")
+        return status if status["done"] > 3000 else None
+
+    status = wait_for(far_enough)
+    assert status["state"] == "prefill" and status["eta_ms"] > 0
+    assert 0 < status["done"] < status["total"] and status["output_tokens"] == 0
+    assert "mine-1" in [entry["id"] for entry in server.get("/v1/requests")["data"]]
+    with pytest.raises(urllib.error.HTTPError) as caught:  # the id is taken
+        raw, again = raw_stream(server, {"prompt": "x"}, {"X-Request-Id": "mine-1"})
+        raw.close()
+        if again.status != 200:
+            raise urllib.error.HTTPError("", again.status, "", again.headers, None)
+    assert caught.value.code == 409
+
+    assert server.delete("/v1/requests/mine-1")["state"] == "cancelled"
+    lines = response.read().decode().splitlines()
+    connection.close()
+    errors = [json.loads(line[6:]) for line in lines if line.startswith('data: {"error"')]
+    assert [e["error"]["code"] for e in errors] == ["request_cancelled"]
+    assert server.get("/v1/requests/mine-1")["state"] == "cancelled"  # remembered
+    assert server.settled("qwen1m:num_requests_running", 0)
+
+    # What was computed is not lost: an identical retry goes on where it was.
+    connection, response = raw_stream(
+        server, {"prompt": prompt, "max_tokens": 1, "stream_options": {"include_usage": True}}
+    )
+    lines = response.read().decode().splitlines()
+    connection.close()
+    usage = json.loads([line for line in lines if '"usage"' in line][-1][6:])["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 2048
+
+
+def test_unknown_requests(server):
+    for method in ("GET", "DELETE"):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            server.request(method, "/v1/requests/nobody")
+        assert caught.value.code == 404
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_cancels(server, stream):
+    before = server.metric("qwen1m:request_success_total")
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = {"model": MODEL, "prompt": long_prompt(5 + stream), "max_tokens": 500, "stream": stream}
+    headers = {"Content-Type": "application/json", "X-Request-Id": f"gone-{stream}"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    wait_for(lambda: any(r["done"] > 0 for r in server.get("/v1/requests")["data"]))
+    connection.sock.close()
+    connection.close()
+    wait_for(lambda: server.get(f"/v1/requests/gone-{stream}")["state"] == "cancelled")
+    assert server.settled("qwen1m:num_requests_running", 0, 5)
+    assert server.settled("qwen1m:kv_cache_pages_used", 0, 5)
+    assert server.metric("qwen1m:request_success_total") == before + 1
+
+
+def test_closing_the_official_stream_cancels(server, client):
+    stream = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Go on."}], max_tokens=5000,
+        stream=True, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    for _, _chunk in zip(range(5), stream, strict=False):
+        pass
+    stream.close()
+    assert server.settled("qwen1m:num_requests_running", 0, 10)
+
+
+def test_short_requests_pass_a_long_one(server, client):
+    connection, response = raw_stream(
+        server, {"prompt": long_prompt(8, 30_000), "max_tokens": 1}, {"X-Request-Id": "long"}
+    )
+    wait_for(lambda: server.get("/v1/requests/long")["done"] > 0)
+    answer = client.completions.create(model=MODEL, prompt="The river", max_tokens=4)
+    assert answer.usage.completion_tokens == 4
+    assert server.get("/v1/requests/long")["state"] == "prefill"  # still
+    server.delete("/v1/requests/long")
+    response.read()
+    connection.close()
+
+
+def test_sixteen_clients_at_once_get_what_they_get_alone(server, client):
+    """A storm with cancels in between: no stream is mixed up or lost, nothing leaks."""
+    prompts = [f"{name} went to the " for name in "ABCDEFGHIJKLMNOP"]
+    options = dict(model=MODEL, max_tokens=24, temperature=0)
+    alone = [client.completions.create(prompt=p, **options).choices[0].text for p in prompts]
+    results: dict[tuple[int, int], str] = {}
+    trouble = []
+
+    def run(worker: int) -> None:
+        own = server.client()
+        try:
+            for turn in range(3):
+                if (worker + turn) % 5 == 0:  # goes away after a few tokens
+                    stream = own.completions.create(prompt=prompts[worker], stream=True, **options)
+                    next(iter(stream))
+                    stream.close()
+                elif worker % 2:
+                    answer = own.completions.create(prompt=prompts[worker], **options)
+                    results[worker, turn] = answer.choices[0].text
+                else:
+                    chunks = own.completions.create(prompt=prompts[worker], stream=True, **options)
+                    results[worker, turn] = "".join(c.choices[0].text for c in chunks)
+        except Exception as error:
+            trouble.append(error)
+        finally:
+            own.close()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not trouble
+    assert len(results) == sum((w + t) % 5 != 0 for w in range(16) for t in range(3))
+    for (worker, _), text in results.items():
+        assert text == alone[worker]
+    assert server.settled("qwen1m:num_requests_running", 0)
+    assert server.settled("qwen1m:kv_cache_pages_used", 0)
+
+
+def test_metrics_have_the_names_that_dashboards_read(server):
+    text = server.get("/metrics")
+    for name in (
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+        "prompt_tokens_total", "generation_tokens_total", "num_preemptions_total",
+        "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
+        "e2e_request_latency_seconds_bucket", "request_success_total", "prefix_cache_hits_total",
+        "prefill_progress_ratio", "prefill_eta_seconds",
+    ):  # fmt: skip
+        assert f"\nqwen1m:{name}" in text, name
+    assert server.metric("process_open_fds") > 3
+
+
+def test_a_pin_keeps_pages_until_it_is_undone(server, client):
+    answer = client.completions.create(
+        model=MODEL, prompt=long_prompt(9, 1000), max_tokens=1, extra_body={"pin": True}
+    )
+    assert server.settled("qwen1m:kv_cache_pages_pinned", 1000 // 128, 5)
+    assert server.delete(f"/v1/requests/{answer.id}/pin")["unpinned"]
+    assert server.metric("qwen1m:kv_cache_pages_pinned") == 0
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        server.delete(f"/v1/requests/{answer.id}/pin")
+    assert caught.value.code == 404
+    with pytest.raises(openai.BadRequestError, match="single prompt"):
+        client.completions.create(model=MODEL, prompt=["a", "b"], extra_body={"pin": True})
+
+
+def test_priority_and_cancel_of_a_batch(server, client):
+    server.post("/v1/sessions", {"id": "one"})
+    with pytest.raises(openai.BadRequestError, match="single prompt"):
+        client.completions.create(
+            model=MODEL, prompt=["a", "b"], max_tokens=1, extra_body={"session": "one"}
+        )
+    server.delete("/v1/sessions/one")
+    answer = client.completions.create(
+        model=MODEL, prompt=["a", "b"], max_tokens=1, extra_body={"priority": -3, "pin": False}
+    )
+    assert len(answer.choices) == 2
