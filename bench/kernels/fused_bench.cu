@@ -5,6 +5,7 @@
 #include "qwen1m/embedding.h"
 #include "qwen1m/qkv_rope_append.h"
 #include "qwen1m/rms_norm.h"
+#include "qwen1m/sample.h"
 #include "qwen1m/swiglu.h"
 
 namespace qwen1m::bench {
@@ -63,6 +64,40 @@ class Fused {
             [&](cudaStream_t stream) { embedding_cuda(p, stream); });
   }
 
+  /// Logits of one normal distribution with a few likely tokens, as a model's are, in fp32.
+  void sample(int64_t batch, float temperature_of_all, int64_t k, float p_of_all) {
+    constexpr int64_t kVocab = 152064;
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal(0, 3);
+    std::vector<float> values(static_cast<size_t>(batch * kVocab));
+    for (float& value : values) value = normal(random);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int i = 0; i < 50; ++i) {
+        values[static_cast<size_t>(b * kVocab + random() % kVocab)] = 20.0f - 0.3f * i;
+      }
+    }
+    const auto n = static_cast<size_t>(batch);
+    const Buffer<float> logits(values), temperature(std::vector<float>(n, temperature_of_all));
+    const Buffer<float> top_p(std::vector<float>(n, p_of_all)), min_p(std::vector<float>(n, 0.0f));
+    const Buffer<int64_t> top_k(std::vector<int64_t>(n, k)), seed(std::vector<int64_t>(n, 1));
+    const Buffer<int64_t> position(std::vector<int64_t>(n, 2)), token_ids(batch);
+    const Buffer<float> logprobs(batch);
+    SampleParams p;
+    p.token_ids = {token_ids.data(), {batch}, {1}};
+    p.logprobs = {logprobs.data(), {batch}, {1}};
+    p.logits = {logits.data(), DType::kFloat32, {batch, kVocab}, {kVocab, 1}};
+    p.temperature = {temperature.data(), {batch}, {1}};
+    p.top_k = {top_k.data(), {batch}, {1}};
+    p.top_p = {top_p.data(), {batch}, {1}};
+    p.min_p = {min_p.data(), {batch}, {1}};
+    p.seed = {seed.data(), {batch}, {1}};
+    p.position = {position.data(), {batch}, {1}};
+    const std::string shape =
+        std::to_string(batch) + " rows, T " + std::to_string(temperature_of_all).substr(0, 3) +
+        ", top_k " + std::to_string(k) + ", top_p " + std::to_string(p_of_all).substr(0, 3);
+    measure("sample", shape, logits.bytes(), [&](cudaStream_t stream) { sample_cuda(p, stream); });
+  }
+
   /// Consecutive tokens of one sequence whose pages lie in random order.
   void qkv_rope_append(int64_t tokens, int64_t q_heads, int64_t kv_heads) {
     constexpr int64_t kDim = 128;
@@ -119,7 +154,7 @@ class Fused {
     report_.add(std::string("\"op\": \"") + op + "\", \"shape\": \"" + shape +
                     "\", \"share_of_copy\": " + std::to_string(rate / copy_rate_),
                 us, "gb_per_s", rate);
-    std::printf("%-19s | %-24s | %8.1f us (%.1f to %.1f) | %6.0f GB/s | %5.1f %% of a copy\n", op,
+    std::printf("%-19s | %-36s | %8.1f us (%.1f to %.1f) | %6.0f GB/s | %5.1f %% of a copy\n", op,
                 shape.c_str(), us.p50, us.p10, us.p90, rate, 100 * rate / copy_rate_);
     std::fflush(stdout);
   }
@@ -144,6 +179,11 @@ int main(int argc, char** argv) {
       }
       fused.qkv_rope_append(tokens, 28, 4);
       fused.qkv_rope_append(tokens, 40, 8);
+    }
+    for (const int64_t batch : {1, 8, 64}) {
+      fused.sample(batch, 0.0f, 0, 1.0f);
+      fused.sample(batch, 1.0f, 0, 1.0f);
+      fused.sample(batch, 0.7f, 20, 0.8f);
     }
     for (const int64_t tokens : {1, 4096}) {
       fused.swiglu(tokens, 18944);

@@ -53,4 +53,9 @@ void sparse_prefill(const Tensor& out, const OptionalTensor& lse, const Tensor& 
                     int64_t segment_end, int64_t chunk_size, int64_t local_size,
                     int64_t tile_tokens, bool exact);
 
+void sample(const Tensor& token_ids, const OptionalTensor& logprobs, const OptionalTensor& history,
+            const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
+            const Tensor& top_p, const Tensor& min_p, const OptionalTensor& penalties,
+            const Tensor& seed, const Tensor& position);
+
 }  // namespace qwen1m::binding

@@ -34,4 +34,8 @@ STABLE_TORCH_LIBRARY(qwen1m, m) {
       "Tensor vertical_count, Tensor runs, Tensor run_count, Tensor(c!)? scratch, int q_begin, "
       "int segment_begin, int segment_end, int chunk_size, int local_size, int tile_tokens, "
       "bool exact) -> ()");
+  m.def(
+      "sample(Tensor(a!) token_ids, Tensor(b!)? logprobs, Tensor(c!)? history, Tensor logits, "
+      "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor? penalties, "
+      "Tensor seed, Tensor position) -> ()");
 }

@@ -49,6 +49,9 @@ STABLE_TORCH_LIBRARY_IMPL(qwen1m, CUDA, m) {
 #ifndef Q1M_CUDA_QKV_ROPE_APPEND
   Q1M_WITHOUT_CUDA(qkv_rope_append);
 #endif
+#ifndef Q1M_CUDA_SAMPLE
+  Q1M_WITHOUT_CUDA(sample);
+#endif
 #ifndef Q1M_CUDA_PREFILL_ATTENTION
   Q1M_WITHOUT_CUDA(prefill_attention);
 #endif

@@ -10,6 +10,7 @@
 #include "qwen1m/prefill_attention.h"
 #include "qwen1m/qkv_rope_append.h"
 #include "qwen1m/rms_norm.h"
+#include "qwen1m/sample.h"
 #include "qwen1m/sparse_estimate.h"
 #include "qwen1m/sparse_plan.h"
 #include "qwen1m/sparse_prefill.h"

@@ -23,7 +23,7 @@ INFINITE_CHUNK = 1 << 62
 
 OP_NAMES = (
     "embedding", "rms_norm", "swiglu", "qkv_rope_append", "prefill_attention", "decode_attention",
-    "sparse_estimate", "sparse_plan", "sparse_prefill",
+    "sample", "sparse_estimate", "sparse_plan", "sparse_prefill",
 )  # fmt: skip
 
 SPARSE_STAGES = 3
@@ -288,4 +288,32 @@ def sparse_prefill(
         out, lse, q, k_cache, v_cache, block_table, logit_scale, rope_table, verticals,
         vertical_count, runs, run_count, scratch, q_begin, segment_begin, segment_end, chunk_size,
         local_size, tile_tokens, exact,
+    )  # fmt: skip
+
+
+def sample(
+    token_ids: Tensor,
+    logprobs: Tensor | None,
+    history: Tensor | None,
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    penalties: Tensor | None,
+    seed: Tensor,
+    position: Tensor,
+) -> None:
+    """The next token of each row of logits [batch, vocab], in one launch, and its log probability.
+
+    Penalties, temperature (0: greedy), min_p, top_k, top_p and a draw that is a function of
+    (seed, position). token_ids [batch] int64 and logprobs [batch] float32 are written; history
+    [batch, vocab] int32 holds 2 * (times in the output) + (1 if in the prompt) and is kept up;
+    penalties [batch, 3]: repetition, presence, frequency. One entry per row of the others:
+    temperature, top_p, min_p float32; top_k (<= 0: all), seed, position int64. A row with a NaN
+    gives -1. The steps are those of `sampler.Sampler`, whose random stream is another one.
+    """
+    _ops.sample(
+        token_ids, logprobs, history, logits, temperature, top_k, top_p, min_p, penalties, seed,
+        position,
     )  # fmt: skip

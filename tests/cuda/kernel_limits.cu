@@ -8,6 +8,7 @@
 #include "ops/prefill_attention/prefill_attention_sm90.cuh"
 #include "ops/qkv_rope_append/qkv_rope_append_kernel.cuh"
 #include "ops/rms_norm/rms_norm_kernel.cuh"
+#include "ops/sample/sample_kernel.cuh"
 #include "ops/swiglu/swiglu_kernel.cuh"
 
 using namespace qwen1m;
@@ -28,6 +29,8 @@ static_assert(fits<PrefillAttentionSm80<64>, 33792, 2, kSm80>(), "prefill_attent
 static_assert(fits<EmbeddingKernel, 1, 16, kSm80>(), "embedding_kernel");
 static_assert(fits<QkvRopeAppendKernel, 1, 16, kSm80>(), "qkv_rope_append_kernel");
 static_assert(fits<RmsNormKernel, 128, 16, kSm80>(), "rms_norm_kernel");
+static_assert(fits<SampleKernel<float>, 264, 1, kSm80>(), "sample_kernel_fp32");
+static_assert(fits<SampleKernel<bf16>, 264, 1, kSm80>(), "sample_kernel_bf16");
 static_assert(fits<SwigluKernel, 1, 8, kSm80>(), "swiglu_kernel");
 static_assert(fits<DecodeAttentionSm90<128, 1>, 103424, 2, kSm90>(),
               "decode_attention_sm90_d128_r16");

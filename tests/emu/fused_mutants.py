@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NUMBERS = "numbers"
+DEADLOCK = "deadlock"
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,14 @@ class Mutant:
     """One error.
 
     Attributes:
-        op: Whose kernel is broken, csrc/ops/<op>/<op>_kernel.cuh.
+        op: Whose kernel is broken.
         name: What is wrong.
         old: Text that is replaced; it occurs once.
         new: What stands there instead.
         detectors: Any of these must fire.
         test: Function of tests/ops/test_<op>.py.
         case: Of the case list; None for tests without one.
+        file: Of csrc/ops/<op>/<op>_*.
     """
 
     op: str
@@ -35,6 +37,7 @@ class Mutant:
     detectors: frozenset[str]
     test: str = "test_matches_definition"
     case: str | None = "vectors_of_8"
+    file: str = "kernel.cuh"
 
 
 def _mutant(
@@ -90,4 +93,33 @@ MUTANTS = (
             "global-bounds", case="chunk_border"),
     _mutant("qkv_rope_append", "the next head of the cache is a row away", "at(int64_t{0}, head) + row;\n      arch::",
             "at(int64_t{0}, int64_t{0}, head) + row;\n      arch::", NUMBERS, "global-race", case="chunk_border"),
+    # --- sample --------------------------------------------------------------------------------
+    _mutant("sample", "no barrier before partial results are read",
+            "      arch::block_sync();\n      return arch::lane_index() < kWarps",
+            "      return arch::lane_index() < kWarps", _RAW, "uninitialised", case="plain"),
+    _mutant("sample", "partial results are written while they are read", "turn ^= 1;", "turn ^= 0;",
+            "race-write-after-read", case="everything"),
+    _mutant("sample", "no barrier before the token is read",
+            "      arch::block_sync();\n      return arch::shared_load(Q1M_SHARED_MEMBER(smem, picked));",
+            "      return arch::shared_load(Q1M_SHARED_MEMBER(smem, picked));", _RAW, "uninitialised",
+            case="plain"),
+    _mutant("sample", "the history through the read-only path", "arch::global_load_coherent(vector_at(history_at(first), half))",
+            "arch::global_load(vector_at(history_at(first), half))", "global-read-only", case="everything"),
+    _mutant("sample", "all threads count the token", "    if (arch::thread_index() == 0) {\n      arch::global_store(p.args.token_ids",
+            "    {\n      arch::global_store(p.args.token_ids", "global-race", case="everything"),
+    _mutant("sample", "the end of the row is missing", "id < vocab(); ++id", "id + 1 < vocab(); ++id", NUMBERS, case="plain"),
+    _mutant("sample", "a NaN is a logit like others", "logit == logit ?", "true ?", NUMBERS,
+            test="test_rows_without_a_token", case=None),
+    _mutant("sample", "the warp's own prefix", "shuffle_from(through - of_warp, warp)", "shuffle_from(through, warp)",
+            NUMBERS, "uninitialised", case="qwen_defaults"),
+    _mutant("sample", "one token too many of the top k", "above.count >= s.top_k)", "above.count > s.top_k)", NUMBERS,
+            case="flat_few_of_many", file="rule.h"),
+    _mutant("sample", "top_k is not looked at", "bool accepted = above.count < s.top_k;", "bool accepted = true;",
+            NUMBERS, case="top_k", file="rule.h"),
+    _mutant("sample", "top_p of more than the top k", "const bool exact =", "const bool exact = true ||", NUMBERS,
+            case="flat_few_of_many", file="rule.h"),
+    _mutant("sample", "the random number is used twice", "number++), support.weight)", "number), support.weight)",
+            NUMBERS, DEADLOCK, case="top_k", file="rule.h"),
+    _mutant("sample", "higher ids first among equals", "(0xfffffffeu - static_cast<uint32_t>(id))", "static_cast<uint32_t>(id + 1)",
+            NUMBERS, "global-bounds", test="test_ties", case=None, file="rule.h"),
 )  # fmt: skip

@@ -28,7 +28,7 @@ SECONDS = 900  # a stage that takes longer has failed
 
 FUSED_TESTS = [
     "tests/ops/test_embedding.py", "tests/ops/test_rms_norm.py", "tests/ops/test_swiglu.py",
-    "tests/ops/test_qkv_rope_append.py",
+    "tests/ops/test_qkv_rope_append.py", "tests/ops/test_sample.py",
 ]  # fmt: skip
 OP_TESTS = [
     "tests/ops/test_prefill_attention.py", "tests/ops/test_decode_attention.py",
@@ -38,7 +38,8 @@ OP_TESTS = [
 # Small shapes for the sanitizers, which slow a kernel down by a factor of 10 to 100.
 SMALL = (
     "test_matches_definition and bf16 and (page_plus_1 or two_chunks_clamp or chunk_896_border"
-    " or vectors_of_8 or qwen_7b or chunk_border or page_edges or gqa_7 or split_edges)"
+    " or vectors_of_8 or qwen_7b or chunk_border or page_edges or gqa_7 or split_edges"
+    " or everything)"
 )
 NO_GPU = "no CUDA device"  # the reason of tests/conftest.py
 NEEDED_BY_ALL = ("configure", "build", "package")

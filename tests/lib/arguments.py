@@ -92,6 +92,23 @@ def _decode_attention() -> dict[str, Any]:
     )
 
 
+def _sample() -> dict[str, Any]:
+    """3 rows of 24 tokens, one greedy."""
+    return dict(
+        token_ids=torch.zeros(3, dtype=torch.int64),
+        logprobs=torch.zeros(3),
+        history=torch.arange(72, dtype=torch.int32).view(3, 24) % 4,
+        logits=2 * tensor(1, 3, 24),
+        temperature=torch.tensor([1.0, 0.0, 0.7]),
+        top_k=torch.tensor([0, 5, 3]),
+        top_p=torch.tensor([1.0, 0.5, 0.8]),
+        min_p=torch.tensor([0.0, 0.1, 0.05]),
+        penalties=torch.tensor([[1.0, 0.0, 0.0], [1.1, 0.2, 0.3], [1.5, 0.0, 0.1]]),
+        seed=torch.tensor([1, 2, 3]),
+        position=torch.tensor([10, 20, 30]),
+    )
+
+
 def _one_sequence() -> dict[str, Any]:
     """130 tokens of D = 16 in 2 pages, chunks of 40: tokens 120 to 129 lie in chunk 3."""
     return dict(
@@ -175,6 +192,7 @@ def _for_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 _ALL = {
+    "sample": _sample,
     "embedding": _embedding,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,

@@ -29,6 +29,8 @@ BUDGETS: dict[str, Budget] = {
     "lse/fp32": Budget(2e-5, 0.0),
     "lse/bf16": Budget(2e-5, 0.0),
     "lse/bf16_products": Budget(8e-3, 0.0),
+    "sample_logprob/fp32": Budget(4e-6, 4e-7),
+    "sample_logprob/bf16": Budget(4e-6, 4e-7),
     "estimate/fp32": Budget(2e-6, 1e-5),
     "estimate/bf16": Budget(2e-6, 1e-5),
     "estimate/bf16_products": Budget(2e-4, 2e-2),

@@ -26,6 +26,7 @@ OPS = {
     "prefill_attention": ["emu_sm90", "emu_sm80"],
     "qkv_rope_append": ["emu_sm80"],
     "rms_norm": ["emu_sm80"],
+    "sample": ["emu_sm80"],
     "swiglu": ["emu_sm80"],
 }
 """Operators with kernels that can be emulated; an sm_80 kernel alone serves sm_90 too."""
@@ -115,7 +116,7 @@ def _call(
     op: str,
     device: str,
     *arguments: Tensor | float | None,
-    seed: int = 1,
+    schedule_seed: int = 1,
     **named: Tensor | float | None,
 ) -> None:
     """An operator by its emulated kernel.
@@ -126,7 +127,7 @@ def _call(
         op: One of OPS.
         device: A key of ARCHITECTURES.
         arguments, named: those of ops.<op>; the tensors lie on the host.
-        seed: Of the emulator's schedule and of when its copies land.
+        schedule_seed: Of the emulator's schedule and of when its copies land.
 
     Raises:
         EmulatorIssue: The kernel broke a rule.
@@ -143,7 +144,9 @@ def _call(
         else:
             numbers.append(ctypes.c_double(value) if kind == "float" else ctypes.c_int64(value))
     text = ctypes.create_string_buffer(1 << 16)
-    call = _Call(ARCHITECTURES[device], seed, ctypes.cast(text, ctypes.c_char_p), len(text))
+    call = _Call(
+        ARCHITECTURES[device], schedule_seed, ctypes.cast(text, ctypes.c_char_p), len(text)
+    )
     views = (_Tensor * len(tensors))(*map(_Tensor.of, tensors))
     code = getattr(_library(), f"qwen1m_emu_{op}")(views, *numbers, ctypes.byref(call))
     if code == 1:

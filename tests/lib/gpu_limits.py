@@ -66,12 +66,17 @@ def _qkv_rope_append(inputs: Case, _: Any) -> str | None:
     )
 
 
+def _sample(inputs: Case, dtype: Any) -> str | None:
+    return None  # rows of any width, if they begin aligned
+
+
 DEMANDS: dict[str, Callable[[Case, Any], str | None]] = {
     "decode_attention": _attention,
     "embedding": _embedding,
     "prefill_attention": _attention,
     "qkv_rope_append": _qkv_rope_append,
     "rms_norm": _rms_norm,
+    "sample": _sample,
     "swiglu": _swiglu,
 }
 """What a kernel has instead of a case's shape, if it cannot take that."""
@@ -90,7 +95,7 @@ def why_not_on_gpu(op: str, test: str, parameters: dict[str, Any]) -> str | None
     if reason := OF_THE_CPU.get(op, {}).get(test) or REFUSALS.get(test):
         return reason
     dtype = parameters.get("dtype", "bf16")
-    if op != "embedding" and dtype not in ("bf16", torch.bfloat16):
+    if op not in ("embedding", "sample") and dtype not in ("bf16", torch.bfloat16):
         return f"the kernels of {op} take bfloat16 only"
     inputs = parameters.get("case") or (
         case(op, parameters["name"]) if "name" in parameters else {}

@@ -49,6 +49,8 @@ def narrow(width: int) -> Callable[[Tensor], Tensor]:
         ("qkv_rope_append",
          dict(q=narrow(8), k_cache=narrow(8), v_cache=narrow(8), qkv=narrow(32), bias=narrow(32),
               rope_table=lambda t: t[:, :4].contiguous()), ("head_dim", "multiple of 16", "8")),
+        ("sample", dict(logits=padded), ("logits", "multiple of 4", "25")),
+        ("sample", dict(history=shifted), ("history", "16 bytes", "4")),
         ("decode_attention", dict(q=shifted), ("q", "16 bytes", "2")),
         ("decode_attention", dict(out=lambda t: t.float(), q=lambda t: t.float(),
                                   k_cache=lambda t: t.float(), v_cache=lambda t: t.float()),

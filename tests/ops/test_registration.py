@@ -12,6 +12,7 @@ from qwen1m_ext._host import build_info
 OPTIONAL = {
     "rms_norm": "residual",
     "qkv_rope_append": "bias",
+    "sample": "logprobs",
     "prefill_attention": "lse",
     "decode_attention": "lse",
     "sparse_prefill": "lse",

@@ -1,0 +1,29 @@
+// sample's GPU kernel under the emulator: for tests (tests/lib/emulator.py).
+#include "common/emulated_call.h"
+#include "ops/sample/sample_kernel.cuh"
+
+namespace qwen1m {
+
+/// Arguments: token_ids, logprobs, history (data of these two may be null), logits, temperature,
+/// top_k, top_p, min_p, penalties (null with history), seed, position. See emulated_call.h for the
+/// rest and the result.
+Q1M_EMULATED_CALL int qwen1m_emu_sample(const EmulatedTensor* tensors, const EmulatedCall* call) {
+  return run_emulated(*call, tensors, 11, {0, 1, 2}, [&](const arch::emu::Options& options) {
+    const SampleParams p{.token_ids = tensors[0].typed<int64_t, 1>(),
+                         .logprobs = tensors[1].typed<float, 1>(),
+                         .history = tensors[2].typed<int32_t, 2>(),
+                         .logits = tensors[3].any<2>(),
+                         .temperature = tensors[4].typed<const float, 1>(),
+                         .top_k = tensors[5].typed<const int64_t, 1>(),
+                         .top_p = tensors[6].typed<const float, 1>(),
+                         .min_p = tensors[7].typed<const float, 1>(),
+                         .penalties = tensors[8].typed<const float, 2>(),
+                         .seed = tensors[9].typed<const int64_t, 1>(),
+                         .position = tensors[10].typed<const int64_t, 1>()};
+    check_sample_gpu(p);
+    return p.logits.dtype == DType::kFloat32 ? emulate_kernel<SampleKernel<float>>({p}, options)
+                                             : emulate_kernel<SampleKernel<bf16>>({p}, options);
+  });
+}
+
+}  // namespace qwen1m
