@@ -147,7 +147,7 @@ RANKS = [
     {"core"},
     {"engine"},
     {"llm", "session_command"},
-    {"server", "doctor", "demo", "accuracy", "chat", "planner", "quantize"},
+    {"server", "benchmark", "doctor", "demo", "accuracy", "chat", "planner", "quantize"},
     {"cli"},
 ]
 # Modules that launch no kernel: of ops they may have constants (PAGE_SIZE) only.

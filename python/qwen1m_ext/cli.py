@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__, demo_model_path
+from .benchmark.command import add_commands as add_bench_commands
 from .errors import Qwen1mError, RequestError
 from .server import command as serve_command
 from .session_command import add_commands as add_session_commands
@@ -122,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Keep the cache of a long text on disk and go on from it later.",
     )
     add_session_commands(sessions, _add_model_and_sampling, _load, _read_prompt)
+
+    bench = commands.add_parser(
+        "bench",
+        help="serve, prefill, decode: measure this machine",
+        description="Latencies and throughput under the names that vLLM's bench uses.",
+    )
+    add_bench_commands(bench, _add_model, token_count)
 
     demo = commands.add_parser(
         "demo",
