@@ -99,6 +99,7 @@ class Qwen2Model:
         batch: Batch,
         rows: Tensor | None = None,
         on_layer: OnLayer | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Run the tokens of a batch through all layers; their keys and values enter the cache.
 
@@ -107,6 +108,8 @@ class Qwen2Model:
             batch: where the tokens are.
             rows: [n] int64, ascending rows whose final hidden state is wanted; None: all.
             on_layer: progress.
+            out: [n, hidden] that receives the result. With it and without `rows` nothing is
+                allocated and nothing waits for a device: a CUDA graph can hold the call.
 
         Returns:
             [n, hidden] hidden states after the final norm, ready for the LM head.
@@ -143,7 +146,9 @@ class Qwen2Model:
             wanted, q, attended = self._last_layer_queries(residual, rows)
             if len(rows):
                 batch.attend_rows(last, q, attended, rows)
-        hidden = torch.empty(len(wanted), self.config.hidden_size, dtype=self.dtype)
+        hidden = out
+        if hidden is None:
+            hidden = torch.empty(len(wanted), self.config.hidden_size, dtype=self.dtype)
         for block in _blocks(len(wanted)):
             hidden[block] = self._mlp(
                 layers[last], wanted[block], attended[block], self.weights.norm
@@ -152,8 +157,14 @@ class Qwen2Model:
             on_layer(len(layers), len(layers))
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """LM head: [n, hidden] -> [n, vocab] float32. The caller keeps n small."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """LM head: [n, hidden] -> [n, vocab] float32. The caller keeps n small.
+
+        out: [n, vocab] of the model's dtype, which is returned instead.
+        """
+        if out is not None:
+            project(out, hidden, self.weights.lm_head)
+            return out
         return linear(hidden, self.weights.lm_head).float()
 
     def _chunk_buffers(self) -> tuple[Tensor, Tensor, Tensor]:

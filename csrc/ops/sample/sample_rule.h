@@ -148,48 +148,48 @@ struct TokensAbove {
 template <typename Row>
 Q1M_DEVICE uint64_t draw(Row& row, const SampleSettings& s, int64_t vocab) {
   using Above = TokensAbove<typename Row::LaneWeights>;
-  uint32_t number = 0;  // of the random number
+  const bool all = s.top_k >= vocab && s.top_p >= 1.0f;
   Above support = row.above(0);
-  if (s.top_k >= vocab && s.top_p >= 1.0f) {
-    return row.pick(support.lanes, scaled(philox(s.seed, s.position, number), support.weight), 0,
-                    ~uint64_t{0});
-  }
   // The top k lie above `outside` and hold `inside`, which is a token and those above it.
   Above outside = support;
   outside.count = vocab;
   Above inside = {~uint64_t{0}, 0, 0, {}};
-  const auto enclose = [&](uint64_t token, const Above& above) {
-    if (above.count >= s.top_k) {
-      if (token > outside.order) outside = above;
-    } else if (token < inside.order) {
-      inside = {token, above.weight + row.weight(token), above.count + 1,
-                above.lanes + row.only(token)};
+  uint64_t token = 0;  // that is decided about
+  Above above = {};    // it
+  bool deciding = false;
+  for (uint32_t number = 0;; ++number) {  // of the random number
+    // A token to decide about; or one of the uncertain part, to learn where the top k end.
+    const uint64_t range = deciding ? outside.weight - inside.weight : support.weight;
+    const uint64_t drawn =
+        row.pick(deciding ? outside.lanes - inside.lanes : support.lanes,
+                 scaled(philox(s.seed, s.position, number), range),
+                 deciding ? outside.order : support.order, deciding ? inside.order : ~uint64_t{0});
+    if (all) return drawn;
+    const Above here = row.above(drawn);
+    if (here.count >= s.top_k) {
+      if (drawn > outside.order) outside = here;
+    } else if (drawn < inside.order) {
+      inside = {drawn, here.weight + row.weight(drawn), here.count + 1,
+                here.lanes + row.only(drawn)};
     }
-  };
-  for (;;) {
-    const uint64_t token =
-        row.pick(support.lanes, scaled(philox(s.seed, s.position, number++), support.weight),
-                 support.order, ~uint64_t{0});
-    const Above above = row.above(token);
-    enclose(token, above);
+    if (!deciding) {
+      token = drawn;
+      above = here;
+    }
     bool accepted = above.count < s.top_k;
+    deciding = false;
     if (accepted && s.top_p < 1.0f && above.weight > 0) {
       // Accepted if what lies above is less than top_p of the top k's weight. Mostly it is enough
-      // to know that weight roughly; else tokens of its uncertain part are looked at.
+      // to know that weight roughly.
+      const bool exact = outside.count <= s.top_k || outside.weight == inside.weight;
       const auto reached = static_cast<double>(above.weight);
-      for (;;) {
-        const bool exact = outside.count <= s.top_k || outside.weight == inside.weight;
-        const uint64_t at_least = exact ? outside.weight : inside.weight;
-        if (reached < static_cast<double>(s.top_p) * static_cast<double>(at_least)) break;
+      const auto least = static_cast<double>(exact ? outside.weight : inside.weight);
+      if (!(reached < static_cast<double>(s.top_p) * least)) {
         accepted = reached < static_cast<double>(s.top_p) * static_cast<double>(outside.weight);
-        if (!accepted || exact) break;
-        const uint64_t between =
-            row.pick(outside.lanes - inside.lanes,
-                     scaled(philox(s.seed, s.position, number++), outside.weight - inside.weight),
-                     outside.order, inside.order);
-        enclose(between, row.above(between));
+        deciding = accepted && !exact;
       }
     }
+    if (deciding) continue;
     if (accepted) return token;
     support = above;
     if (outside.order > support.order) support = outside;

@@ -1,0 +1,193 @@
+"""A decode step is work that a CUDA graph can hold: no op allocates, and nothing comes to the host.
+
+What the host does before (pages, positions, block tables: `Batch`) is no part of it. The step
+itself is the model's forward pass, the LM head and the op that samples; it runs here on the CPU
+under a dispatch mode that sees every op, and with the ways from a tensor to a Python number closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lib.checkpoints import write_checkpoint
+from qwen1m_ext import LLM, ops
+from qwen1m_ext.attention import Batch, Segment
+
+# What a stream would have to be waited for, or whose result has a size that only the device knows.
+SYNCHRONISING = (
+    "aten._local_scalar_dense", "aten.item", "aten.equal", "aten.is_nonzero", "aten.nonzero",
+    "aten.masked_select", "aten.unique", "aten._unique2", "aten.repeat_interleave", "aten._to_copy",
+)  # fmt: skip
+TO_THE_HOST = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+SEQUENCES = 3
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every op of which a result lies in memory that was not there before, or that waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+        self.problems: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = str(func).rsplit(".", 1)[0]
+        known = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **kwargs)
+        self.ops.append(name)
+        if name in SYNCHRONISING:
+            self.problems.append(f"{name} waits")
+        if any(isinstance(t, Tensor) and storage(t) not in known for t in tree_leaves(result)):
+            self.problems.append(f"{name} allocates")
+        return result
+
+
+def storage(tensor: Tensor) -> int:
+    """Identity of a tensor's memory."""
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    """Ops of the body; a tensor that becomes a number is a problem too."""
+    recorder = Recorder()
+    with monkeypatch.context() as patch:
+        for name in TO_THE_HOST:
+            plain = getattr(Tensor, name)
+
+            def closed(self: Tensor, *args: Any, _name: str = name, _plain: Any = plain) -> Any:
+                recorder.problems.append(f"Tensor.{_name} reads on the host")
+                return _plain(self, *args)
+
+            patch.setattr(Tensor, name, closed)
+        with torch.inference_mode(), recorder:
+            yield recorder
+
+
+class Step:
+    """A decode step of three sequences of different lengths over buffers that stay."""
+
+    def __init__(self, llm: LLM) -> None:
+        engine = llm.engine
+        self.model, self.rotary, self.cache = engine.model, engine.rotary, engine.cache
+        config = self.model.config
+        self.sequences = [self.cache.open() for _ in range(SEQUENCES)]
+        self.hidden = torch.empty(SEQUENCES, config.hidden_size, dtype=self.model.dtype)
+        self.logits = torch.empty(SEQUENCES, config.vocab_size, dtype=self.model.dtype)
+        self.token_ids = torch.zeros(SEQUENCES, dtype=torch.int64)
+        ones = torch.ones(SEQUENCES)
+        self.settings = dict(
+            temperature=0.8 * ones, top_k=torch.full((SEQUENCES,), 50), top_p=0.9 * ones,
+            min_p=0.01 * ones, penalties=torch.tensor([[1.1, 0.0, 0.1]]).repeat(SEQUENCES, 1),
+            seed=torch.arange(SEQUENCES),
+        )  # fmt: skip
+        self.history = torch.zeros(SEQUENCES, config.vocab_size, dtype=torch.int32)
+        prompts = [[5, 6, 7], [8] * 127, [9, 10]]
+        for sequence, prompt in zip(self.sequences, prompts, strict=True):
+            sequence.append(len(prompt))
+            batch = Batch(self.rotary, self.cache, [Segment(sequence, 0, len(prompt), 1.0)])
+            self.model.forward(torch.tensor(prompt), batch)
+
+    def close(self) -> None:
+        for sequence in self.sequences:
+            self.cache.close(sequence)
+
+    def plan(self) -> Batch:
+        """The host's part: a place for one more token of each sequence."""
+        segments = []
+        for sequence in self.sequences:
+            sequence.append(1)
+            segments.append(Segment(sequence, sequence.length - 1, sequence.length, 1.0))
+        return Batch(self.rotary, self.cache, segments)
+
+    def run(self, batch: Batch) -> None:
+        """What a graph would hold: from the last tokens to the next ones."""
+        self.model.forward(self.token_ids, batch, out=self.hidden)
+        self.model.logits(self.hidden, self.logits)
+        ops.sample(
+            self.token_ids, None, self.history, self.logits, position=batch.positions,
+            **self.settings,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A random model in each dtype."""
+    checkpoint: Path = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), gain=2.0)
+    return LLM(checkpoint, dtype=request.param, max_model_len=512, max_num_seqs=SEQUENCES + 1)
+
+
+@pytest.fixture
+def step(llm: LLM) -> Iterator[Step]:
+    """Three open sequences."""
+    with torch.inference_mode():
+        made = Step(llm)
+    yield made
+    made.close()
+
+
+def test_a_decode_step_neither_allocates_nor_waits(
+    step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps, the second across a page border; every kind of op has been there."""
+    for _ in range(2):
+        with torch.inference_mode():
+            batch = step.plan()
+        with recorded(monkeypatch) as recorder:
+            step.run(batch)
+        assert recorder.problems == []
+        seen = set(recorder.ops)
+        wanted = (
+            "embedding",
+            "rms_norm",
+            "qkv_rope_append",
+            "decode_attention",
+            "swiglu",
+            "sample",
+        )
+        assert {f"qwen1m.{op}" for op in wanted} | {"aten.mm"} <= seen
+    assert (step.history.sum(1) == 4).all()  # two tokens each, counted by the op
+
+
+def test_the_same_buffers_give_the_same_tokens(step: Step) -> None:
+    """With `out` the numbers are those of the call that allocates."""
+    with torch.inference_mode():
+        batch = step.plan()
+        fresh = step.model.forward(step.token_ids, batch)
+        logits = step.model.logits(fresh)
+        step.model.forward(step.token_ids, batch, out=step.hidden)
+        step.model.logits(step.hidden, step.logits)
+    assert torch.equal(fresh, step.hidden)
+    assert torch.equal(logits, step.logits.float())
+
+
+def test_the_recorder_sees_what_it_is_for(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results in new memory, chosen rows, a length read on the host."""
+    with torch.inference_mode():
+        batch = step.plan()
+        rows = torch.tensor([0, 2])
+    with recorded(monkeypatch) as recorder:
+        step.model.forward(step.token_ids, batch)
+    assert recorder.problems == ["aten.empty allocates"]  # the result, and nothing else
+    with recorded(monkeypatch) as recorder:
+        step.model.forward(step.token_ids, batch, rows)
+    assert "Tensor.tolist reads on the host" in recorder.problems
+    assert "aten.index allocates" in recorder.problems
+    with recorded(monkeypatch) as recorder:
+        int(batch.positions.max())
+    assert "Tensor.__int__ reads on the host" in recorder.problems
+    with recorded(monkeypatch) as recorder:
+        torch.nonzero(batch.positions)
+    assert recorder.problems == ["aten.nonzero waits", "aten.nonzero allocates"]
