@@ -88,6 +88,21 @@ def test_a_mixed_load_gives_what_each_request_gives_alone(engine: Engine, alone)
     assert engine.stats().preemptions_total > 0
 
 
+def test_recomputed_output_keeps_each_tokens_temperature(checkpoint: Path, engine: Engine) -> None:
+    """Beyond the trained length s grows with every token, and preemption computes them again."""
+    params = greedy(300, logprobs=0)
+    fresh = LLM(checkpoint, max_model_len=1024, enable_prefix_caching=False)
+    prompts = [prompt_ids(200, 30 + i) for i in range(4)]
+    handles = [engine.submit(p, params) for p in prompts]
+    for handle, prompt in zip(handles, prompts, strict=True):
+        got, want = handle.result(), fresh.generate({"prompt_token_ids": prompt}, params)[0]
+        assert samples(got) == samples(want)
+        for a, b in zip(got.outputs[0].logprobs, want.outputs[0].logprobs, strict=True):
+            (one,), (two,) = a.values(), b.values()
+            assert one.logprob == pytest.approx(two.logprob, abs=1e-3)
+    assert engine.stats().preemptions_total > 1
+
+
 def test_llm_generate_runs_prompts_together(checkpoint: Path, alone) -> None:
     llm = LLM(checkpoint, max_model_len=1024)
     prompts = [prompt_ids(length, length) for length in (5, 90, 200, 33)]

@@ -166,6 +166,22 @@ def test_output_is_shared_up_to_the_trained_length_only(make) -> None:
     assert third.cached == 0
 
 
+def test_a_frozen_session_takes_no_output_of_other_temperatures(make) -> None:
+    """Another request's output has the same text, but s went up while it was generated."""
+    world = make()
+    prompt = text(400, 1)
+    first = world.submit(prompt, max_tokens=200)
+    session = Session(world.cache, freeze_temperature=True)
+    world.submit(prompt, max_tokens=2, session=session)
+    world.run()
+    whole = [*prompt, *world.outputs[first.samples[0]][:140]]
+    turn = world.submit(whole, max_tokens=2, session=session)
+    world.run()
+    assert turn.cached == 401
+    check_outputs(world, turn)
+    session.close()
+
+
 def test_a_cancelled_prefill_is_resumed_at_its_last_chunk(make) -> None:
     world = make(pages=64, chunk_tokens=256)
     request = world.submit(text(4000))
@@ -193,6 +209,29 @@ def test_samples_share_their_prompt(make) -> None:
     world.run()
     check_outputs(world, request)
     check_pages(world)
+
+
+def test_a_session_that_changes_its_mind_does_not_write_into_shared_pages(make) -> None:
+    """Its second prompt leaves the first one in the middle of a page that others know or use."""
+    other = [*text(150), *text(130, 50)]
+    for other_runs in (False, True):
+        world = make()
+        session = Session(world.cache)
+        world.submit(text(280), max_tokens=2, session=session)
+        world.run()
+        user = world.submit(text(290), max_tokens=200)
+        while not (user.prefilled and other_runs) and world.step():
+            pass
+        assert user.cached == 256
+        turn = world.submit(other, max_tokens=2, session=session)
+        world.run()
+        assert turn.cached == 150
+        late = world.submit(text(290), max_tokens=2)
+        world.run()
+        for request in (user, turn, late):
+            check_outputs(world, request)
+        session.close()
+        check_pages(world)
 
 
 def test_the_oldest_pages_are_evicted_first_and_pins_stay(make) -> None:
