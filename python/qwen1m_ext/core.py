@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ from .sequence import Request, Sequence, Step
 
 STEPS_AHEAD = 2
 """Steps with the runner: one runs, one waits for it."""
+
+LEAD_SECONDS = 0.05
+"""The next step is planned so long before the current one is expected to end: early enough that the
+runner does not wait, late enough that who arrives during a long step is in the next one."""
 
 Command = Callable[[], None]
 
@@ -53,7 +58,8 @@ class Core:
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._in_flight = 0
+        self._in_flight: deque[float] = deque()  # predicted seconds of the runner's steps
+        self._expected_end = 0.0  # of all of them
         self._prompt_tokens = self._cached_tokens = 0
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -181,8 +187,12 @@ class Core:
             raise
 
     def _schedule(self) -> None:
+        wait: float | None = None
         while True:
-            command = self._inbox.get()
+            try:
+                command = self._inbox.get(timeout=wait)
+            except queue.Empty:
+                command = _nothing  # time to plan the next step
             begin = time.perf_counter()
             while command is not None:
                 command()
@@ -192,15 +202,28 @@ class Core:
                     break
             if command is None:
                 break
-            while True:
-                while self._in_flight < STEPS_AHEAD and (step := self.scheduler.plan()):
-                    self._in_flight += 1
-                    self._steps.put(step)
-                if not self._take_released():
-                    break  # else there may be room for somebody who waits
+            wait = self._plan()
+            while self._take_released():  # there may be room for somebody who waits
+                wait = self._plan()
             self._note("scheduler", begin, self.scheduler.steps)
         self._steps.put(None)
         self._results.put(None)
+
+    def _plan(self) -> float | None:
+        """Keep the runner supplied; returns when to look again, in seconds; None: with news."""
+        while len(self._in_flight) < STEPS_AHEAD:
+            wait = self._expected_end - LEAD_SECONDS - time.perf_counter()
+            if self._in_flight and wait > 0:
+                return wait
+            step = self.scheduler.plan()
+            if step is None:
+                return None
+            seconds = self.scheduler.cost.seconds(piece.work for piece in step.pieces)
+            begin = self._expected_end if self._in_flight else time.perf_counter()
+            self._expected_end = begin + seconds
+            self._in_flight.append(seconds)
+            self._steps.put(step)
+        return None
 
     def _run(self) -> None:
         while (step := self._steps.get()) is not None:
@@ -220,7 +243,8 @@ class Core:
     # --- on the scheduler's thread ----------------------------------------------------------------
 
     def _retire(self, result: StepResult) -> None:
-        self._in_flight -= 1
+        self._in_flight.popleft()
+        self._expected_end = time.perf_counter() + sum(self._in_flight)
         self.scheduler.retire(result.step, result.done, result.seconds)
         for request in {piece.sequence.request for piece in result.step.pieces}:
             if request.stopped:
@@ -257,3 +281,7 @@ class Core:
     def _note(self, thread: str, begin: float, step: int) -> None:
         if self.trace is not None:
             self.trace.append(Span(thread, begin, time.perf_counter(), step))
+
+
+def _nothing() -> None:
+    pass

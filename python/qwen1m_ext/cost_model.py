@@ -23,10 +23,11 @@ ASSUMED_FLOPS = 50e9
 FADING = 0.998
 """Weight of the past per step: about the last 500 count."""
 
-PRIOR_WEIGHT = 0.05
-"""Weight of the counted proportions, in steps."""
+PRIOR_WEIGHT = 1e-5
+"""Weight of the counted proportions, in steps. Small: a fixed cost of 100 times the counted one is
+normal. It decides only where the steps say nothing."""
 
-_SWEEPS = 40
+_SWEEPS = 60
 
 
 def prefill_flops(config: ModelConfig, begin: int, end: int) -> float:
@@ -127,7 +128,8 @@ class CostModel:
         """Coordinate descent of |row . scale - 1|^2 + prior (scale / speed - 1)^2, scale >= 0."""
         speed = math.exp(self._measured / self._predicted)
         pull = PRIOR_WEIGHT / (speed * speed)
-        scale = [max(s, 0.0) for s in self._scale]
+        young = self.steps < 8
+        scale = [speed] * len(self._scale) if young else list(self._scale)
         for _ in range(_SWEEPS):
             for i, row in enumerate(self._normal):
                 rest = sum(r * s for r, s in zip(row, scale, strict=True)) - row[i] * scale[i]

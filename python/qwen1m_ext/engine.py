@@ -21,7 +21,7 @@ from torch import Tensor
 from . import ops
 from .attention import Rotary
 from .config import PLAIN_ROPE, DualChunkConfig, ModelConfig, load_config, load_generation_config
-from .core import Core
+from .core import Core, Span
 from .cost_model import CostModel
 from .errors import BackendError, ConfigError, ContextTooLong, MemoryBudgetError, RequestError
 from .events import EngineStats, OnEvent, OnProgress
@@ -325,6 +325,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Queues, pages and totals at this moment."""
         return self._core.stats()
+
+    def trace(self) -> list[Span]:
+        """Begin to note what each thread does and when; the list grows from now on."""
+        self._core.trace = []
+        return self._core.trace
 
     def shutdown(self, drain: bool = True) -> None:
         """Take no more requests; finish those there are (`drain`) or cancel them. Idempotent."""

@@ -1,0 +1,124 @@
+"""The cost model against machines whose coefficients are known."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen1m_ext.config import load_config
+from qwen1m_ext.cost_model import ASSUMED_FLOPS, CostModel, Work, prefill_flops
+
+
+@pytest.fixture(scope="module")
+def config(checkpoint: Path):
+    return load_config(checkpoint)
+
+
+def machine(step, token, pair, sparse, key, decode, decode_key):
+    """A machine that takes exactly these seconds."""
+
+    def seconds(work: list[Work]) -> float:
+        total = step
+        for w in work:
+            x = w.end - w.begin
+            if w.decode:
+                total += decode + decode_key * w.end
+            elif w.sparse:
+                total += sparse * x + key * w.end
+            else:
+                total += token * x + pair * (w.end**2 - w.begin**2) / 2
+        return total
+
+    return seconds
+
+
+def train(model: CostModel, seconds, steps: int = 200, noise: float = 0.0) -> None:
+    rng = random.Random(0)
+    for _ in range(steps):
+        begin = rng.choice([0, rng.randrange(0, 500_000, 128)])
+        chunk = rng.choice([256, 2048, 8192, 32_768])
+        keys = rng.sample(range(10, 90_000), rng.randrange(5))
+        work = [Work(k, k + 1, decode=True) for k in keys]
+        if rng.random() < 0.7:
+            work.append(Work(begin, begin + chunk, sparse=rng.random() < 0.4))
+        if work:
+            model.observe(work, seconds(work) * (1 + noise * rng.uniform(-1, 1)))
+
+
+FAST = (1e-3, 4e-6, 2e-10, 9e-6, 3e-9, 2e-4, 1e-8)
+
+
+def test_before_any_step_it_counts_operations(config) -> None:
+    model = CostModel(config)
+    for begin, end in ((0, 1000), (5000, 9000)):
+        want = prefill_flops(config, begin, end) / ASSUMED_FLOPS
+        assert model.prefill_seconds(begin, end) == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0])
+def test_it_learns_a_machine(config, factor: float) -> None:
+    """Also one that is far from the assumed speed; with steps that scatter by a tenth."""
+    seconds = machine(*(factor * c for c in FAST))
+    model = CostModel(config)
+    train(model, seconds, noise=0.1)
+    for work in (
+        [Work(0, 32_768)],
+        [Work(400_000, 432_768)],
+        [Work(400_000, 432_768, sparse=True)],
+        [Work(k, k + 1, decode=True) for k in (100, 20_000, 80_000)],
+        [Work(60_000, 60_001, decode=True), Work(200_000, 202_048)],
+    ):
+        assert model.seconds(work) == pytest.approx(seconds(work), rel=0.15)
+
+
+def test_it_follows_a_machine_that_becomes_slower(config) -> None:
+    model = CostModel(config)
+    train(model, machine(*FAST))
+    slow = machine(*(3 * c for c in FAST))
+    train(model, slow, steps=3000)
+    work = [Work(100_000, 108_192)]
+    assert model.seconds(work) == pytest.approx(slow(work), rel=0.1)
+
+
+def test_a_few_short_steps_scale_the_counted_proportions(config) -> None:
+    """No long prompt has been seen: what it costs is not taken for nothing."""
+    model = CostModel(config)
+    for _ in range(4):
+        model.observe([Work(0, 128)], 0.5 * prefill_flops(config, 0, 128) / ASSUMED_FLOPS)
+    assert model.seconds([Work(0, 100_000)]) == pytest.approx(
+        0.5 * prefill_flops(config, 0, 100_000) / ASSUMED_FLOPS, rel=0.5
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    begin=st.integers(0, 1_000_000),
+    seconds=st.floats(1e-4, 1e4),
+    sparse=st.booleans(),
+    trained=st.booleans(),
+)
+def test_the_chunk_is_the_largest_that_fits(config, begin, seconds, sparse, trained) -> None:
+    model = CostModel(config)
+    if trained:
+        train(model, machine(*FAST), steps=20)
+    tokens = model.chunk(begin, seconds, sparse)
+    slack = 1 + 1e-6
+    if tokens:
+        assert model.prefill_seconds(begin, begin + tokens, sparse) <= seconds * slack
+    assert model.prefill_seconds(begin, begin + tokens + 2, sparse) * slack >= seconds
+
+
+def test_no_cap_means_any_chunk(config) -> None:
+    assert CostModel(config).chunk(0, math.inf) > 1 << 40
+
+
+def test_nonsense_is_not_learnt(config) -> None:
+    model = CostModel(config)
+    before = model.seconds([Work(0, 1000)])
+    model.observe([Work(0, 1000)], 0.0)
+    assert model.steps == 0 and model.seconds([Work(0, 1000)]) == before
