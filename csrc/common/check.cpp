@@ -23,7 +23,11 @@ std::string shape_text(std::span<const int64_t> sizes) {
   return text + "]";
 }
 
-const char* dtype_name(DType dtype) { return dtype == DType::kFloat32 ? "float32" : "bfloat16"; }
+const char* dtype_name(DType dtype) {
+  return dtype == DType::kFloat32    ? "float32"
+         : dtype == DType::kBFloat16 ? "bfloat16"
+                                     : "float8_e4m3fn";
+}
 
 void fail_argument(std::string_view op, std::string_view argument, std::string_view expected,
                    std::string_view got) {

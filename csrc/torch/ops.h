@@ -32,7 +32,8 @@ void prefill_attention(const Tensor& out, const OptionalTensor& lse, const Tenso
 void decode_attention(const Tensor& out, const OptionalTensor& lse, const Tensor& q,
                       const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
                       const Tensor& kv_len, const Tensor& logit_scale, const Tensor& rope_table,
-                      int64_t chunk_size, int64_t local_size, const OptionalTensor& scratch);
+                      int64_t chunk_size, int64_t local_size, const OptionalTensor& scratch,
+                      const OptionalTensor& k_scale, const OptionalTensor& v_scale);
 
 void sparse_estimate(const Tensor& vertical, const Tensor& slash, const Tensor& q,
                      const Tensor& k_cache, const Tensor& block_table, const Tensor& logit_scale,

@@ -4,7 +4,6 @@
 
 #include "cuda_scope.h"
 #include "ops.h"
-#include "qwen1m/error.h"
 #include "tensor_match.h"
 #include "torch_threads.h"
 
@@ -16,19 +15,17 @@ QkvRopeAppendParams params_of(const TensorMatch& match, const Tensor& q, const T
                               const Tensor& positions, const Tensor& slot_mapping,
                               const Tensor& rope_table, int64_t chunk_len,
                               const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  if (k_scale || v_scale) {
-    throw Error(std::string("qkv_rope_append: ") + (k_scale ? "k_scale" : "v_scale") +
-                ": expected none, got a tensor: fp8 KV is not built in this version");
-  }
   return {.q = match.floats<3>(q, "q", "[tokens, q_heads, D]"),
-          .k_cache = match.floats<4>(k_cache, "k_cache", "[pages, kv_heads, 128, D]"),
-          .v_cache = match.floats<4>(v_cache, "v_cache", "[pages, kv_heads, 128, D]"),
+          .k_cache = match.cache<4>(k_cache, "k_cache", "[pages, kv_heads, 128, D]"),
+          .v_cache = match.cache<4>(v_cache, "v_cache", "[pages, kv_heads, 128, D]"),
           .qkv = match.floats<2>(qkv, "qkv", "[tokens, (q_heads + 2 kv_heads) D]"),
           .bias = match.floats<1>(bias, "bias", "[(q_heads + 2 kv_heads) D]"),
           .positions = match.typed<const int64_t, 1>(positions, "positions", "[tokens]"),
           .slot_mapping = match.typed<const int64_t, 1>(slot_mapping, "slot_mapping", "[tokens]"),
           .rope_table = match.typed<const float, 3>(rope_table, "rope_table", "[rows, D/2, 2]"),
-          .chunk_len = chunk_len};
+          .chunk_len = chunk_len,
+          .k_scale = match.typed<const float, 1>(k_scale, "k_scale", "[kv_heads]"),
+          .v_scale = match.typed<const float, 1>(v_scale, "v_scale", "[kv_heads]")};
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(qwen1m, m) {
   m.def(
       "decode_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, "
       "Tensor v_cache, Tensor block_table, Tensor kv_len, Tensor logit_scale, "
-      "Tensor rope_table, int chunk_size, int local_size, Tensor(c!)? scratch=None) -> ()");
+      "Tensor rope_table, int chunk_size, int local_size, Tensor(c!)? scratch=None, "
+      "Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
   m.def(
       "sparse_estimate(Tensor(a!) vertical, Tensor(b!) slash, Tensor q, Tensor k_cache, "
       "Tensor block_table, Tensor logit_scale, Tensor rope_table, int segment_end, "

@@ -16,6 +16,8 @@ std::string scalar_type_name(ScalarType type) {
       return "float16";
     case ScalarType::BFloat16:
       return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Byte:
       return "uint8";
     case ScalarType::Int:

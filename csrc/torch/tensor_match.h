@@ -43,6 +43,17 @@ class TensorMatch {
     fill(view, tensor);
     return view;
   }
+  /// The same or float8_e4m3fn.
+  template <int Rank>
+  AnyView<Rank> cache(const torch::stable::Tensor& tensor, const char* name,
+                      const char* dims) const {
+    if (tensor.scalar_type() != ScalarType::Float8_e4m3fn) return floats<Rank>(tensor, name, dims);
+    check(tensor, name, dims, Rank);
+    AnyView<Rank> view;
+    view.dtype = DType::kFloat8E4M3;
+    fill(view, tensor);
+    return view;
+  }
   template <int Rank>
   AnyView<Rank> floats(const std::optional<torch::stable::Tensor>& tensor, const char* name,
                        const char* dims) const {

@@ -107,6 +107,7 @@ def qkv_rope_append(
 
     q: [tokens, q_heads, D]; caches: [pages, kv_heads, 128, D]; qkv: [tokens, (q + 2 kv) D];
     positions, slot_mapping: [tokens] int64; rope_table: [rows, D/2, 2] float32.
+    k_scale, v_scale: [kv_heads] float32 with caches in float8_e4m3fn: e4m3(key / k_scale).
     """
     _ops.qkv_rope_append(
         q, k_cache, v_cache, qkv, bias, positions, slot_mapping, rope_table, chunk_len,
@@ -177,17 +178,20 @@ def decode_attention(
     chunk_size: int,
     local_size: int,
     scratch: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Attention of the newest tokens; q and out: [batch, q_tokens, q_heads, D], un-rotated q.
 
     The other arguments are those of `prefill_attention`; lse: [batch, q_tokens, q_heads].
     scratch: of `decode_attention_scratch`, for a GPU; made for this call if left out there.
+    k_scale, v_scale: [kv_heads] float32 with caches in float8_e4m3fn: key = k_scale * e4m3.
     """
     if scratch is None and q.is_cuda:
         scratch = decode_attention_scratch(q, k_cache, block_table, chunk_size, local_size)
     _ops.decode_attention(
         out, lse, q, k_cache, v_cache, block_table, kv_len, logit_scale, rope_table,
-        chunk_size, local_size, scratch,
+        chunk_size, local_size, scratch, k_scale, v_scale,
     )  # fmt: skip
 
 

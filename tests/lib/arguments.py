@@ -89,6 +89,8 @@ def _decode_attention() -> dict[str, Any]:
         q=tensor(1, 2, 2, 2, 16),
         **_attention(),
         scratch=None,
+        k_scale=None,
+        v_scale=None,
     )
 
 

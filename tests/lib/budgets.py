@@ -35,6 +35,8 @@ BUDGETS: dict[str, Budget] = {
     "estimate/bf16": Budget(2e-6, 1e-5),
     "estimate/bf16_products": Budget(2e-4, 2e-2),
     "sparse_dense/fp32": Budget(2e-6, 0.0),
+    "attention/fp8_cache": Budget(4e-2, 0.0),
+    "lse/fp8_cache": Budget(2e-2, 0.0),
     "rope_table/fp32": Budget(6e-8, 0.0),
     "golden/fp32": Budget(2e-5, 0.0),
     "golden/bf16": Budget(2.5e-2, 0.0),

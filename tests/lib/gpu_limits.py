@@ -27,7 +27,6 @@ OF_THE_CPU = {
 }
 REFUSALS = {
     "test_refuses": "the refusals of the CPU backend",
-    "test_fp8_is_refused": "the binding's refusal",
 }
 
 

@@ -34,4 +34,7 @@ def refuses(
         # A whole word or number: "4" is not found in "64".
         assert re.search(rf"(?<![\w.]){re.escape(word)}(?![\w])", text), f"{word!r} not in {text!r}"
     for name, value in before.items():
-        assert torch.equal(bad[name].nan_to_num(), value.nan_to_num()), f"{name} was written"
+        now = bad[name]
+        if value.element_size() == 1:  # fp8: compared as bytes
+            now, value = now.view(torch.uint8), value.view(torch.uint8)
+        assert torch.equal(now.nan_to_num(), value.nan_to_num()), f"{name} was written"

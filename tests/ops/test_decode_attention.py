@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from lib.refuse import refuses
 from lib.threads import threads
 from qwen1m_ext import ops
 from reference.attention import attention
+from reference.fp8 import dequantise, quantise, scale_of
 
 
 def run(inputs: AttentionInputs, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -113,6 +114,123 @@ def test_threads_do_not_change_bits(name: str, dtype: torch.dtype, device: str) 
     for other in outputs[1:]:
         for actual, expected in zip(other, outputs[0], strict=True):
             assert_same_bits(actual, expected)
+
+
+@dataclass
+class Fp8:
+    """An fp8 copy of a case's cache, and what it stands for."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    k_scale: Tensor  # [kv_heads]
+    v_scale: Tensor
+    meant: AttentionInputs  # float64 keys and values
+
+    @classmethod
+    def of(cls, inputs: AttentionInputs) -> Fp8:
+        """With the scales of all sequences together."""
+        k_scale, v_scale = scale_of(torch.cat(inputs.k)), scale_of(torch.cat(inputs.v))
+
+        def rounded(values: list[Tensor], scale: Tensor) -> list[Tensor]:
+            scale = scale[:, None]
+            return [dequantise(quantise(x, scale), scale) for x in values]
+
+        return cls(
+            quantise(inputs.cache.k_cache, k_scale[:, None, None]),
+            quantise(inputs.cache.v_cache, v_scale[:, None, None]),
+            k_scale,
+            v_scale,
+            replace(inputs, k=rounded(inputs.k, k_scale), v=rounded(inputs.v, v_scale)),
+        )
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """The op on the CPU."""
+        inputs = self.meant
+        q = inputs.q.unflatten(0, (len(inputs.k), inputs.q_len[0]))
+        out, lse = torch.full_like(q, float("nan")), torch.full(q.shape[:3], float("nan"))
+        ops.decode_attention(
+            out, lse, q, self.k_cache, self.v_cache, inputs.cache.block_table, inputs.kv_len,
+            inputs.logit_scale, inputs.rope_table, inputs.chunk_size, inputs.local_size,
+            k_scale=self.k_scale, v_scale=self.v_scale,
+        )  # fmt: skip
+        return out, lse
+
+
+FP8_CASES = ["page_edges", "chunk_896", "chunk_not_of_64", "eight_tokens", "gqa_7", "head_dim_80",
+             "very_different_lengths", "peaked_softmax"]  # fmt: skip
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FP8_CASES)
+def test_fp8_cache_matches_definition(name: str, dtype: str) -> None:
+    """Attention over the values that the codes stand for, with a scale for each head."""
+    one = case("decode_attention", name)
+    fp8 = Fp8.of(attention_inputs(one, DTYPES[dtype]))
+    # With values of one variance all scales are nearly one: a mix-up must not pass.
+    k_factors = torch.arange(1, len(fp8.k_scale) + 1) / 2
+    v_factors = 0.75 / torch.arange(1, len(fp8.v_scale) + 1)
+    fp8.k_scale *= k_factors
+    fp8.v_scale *= v_factors
+    fp8.meant.k = [k * k_factors[:, None] for k in fp8.meant.k]
+    fp8.meant.v = [v * v_factors[:, None] for v in fp8.meant.v]
+    largest = one["logit_factor"] * k_factors.max().item()
+    assert_attention(fp8.run(), reference(fp8.meant, one["q_tokens"]), dtype, largest)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("name", ["page_edges", "gqa_7", "chunk_896"])
+def test_fp8_cache_is_near_the_unrounded_one(name: str) -> None:
+    """What the rounding of keys and values itself costs."""
+    inputs = attention_inputs(case("decode_attention", name), torch.float32)
+    out, lse = Fp8.of(inputs).run()
+    expected = reference(inputs, 1)
+    assert_close(out, expected[0], "attention/fp8_cache")
+    assert_close(lse, expected[1], "lse/fp8_cache", "lse")
+
+
+def test_fp8_keys_of_300() -> None:
+    """A bias of 300 in one channel, as the models' keys have: the others keep their precision."""
+    inputs = attention_inputs(case("decode_attention", "gqa_7"), torch.float32)
+    k = [x.clone() for x in inputs.k]
+    for x in k:
+        x[..., 5] += 300.0
+    fp8 = Fp8.of(replace(inputs, k=k))
+    assert 0.6 < fp8.k_scale.min() < 0.8
+    out, lse = fp8.run()
+    expected = reference(fp8.meant, 1)
+    # Logits of 30 instead of 1: as much more room.
+    assert_close(out, expected[0], "attention/fp32", "out", factor=30)
+    assert_close(lse, expected[1], "lse/fp32", "lse", factor=30)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(k_scale=lambda _: None), ("k_scale", "none")),
+        (dict(v_scale=lambda _: None), ("v_scale", "none")),
+        (dict(k_scale=lambda t: t.double()), ("k_scale", "float32", "float64")),
+        (dict(k_scale=lambda t: t[:1]), ("k_scale", "2", "1")),
+        (dict(v_scale=lambda t: -t), ("v_scale[0]", "> 0")),
+        (dict(k_cache=lambda t: t.float()), ("k_cache", "float8_e4m3fn", "float32")),
+        (dict(v_cache=lambda t: t.bfloat16()), ("v_cache", "float8_e4m3fn", "bfloat16")),
+        (dict(k_scale=lambda _: None, v_scale=lambda _: None),
+         ("k_cache", "float32", "float8_e4m3fn")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, (dict, tuple)) else None,
+)  # fmt: skip
+def test_fp8_refuses(change: dict, text: tuple[str, ...]) -> None:
+    """The error names the argument, the expectation and the value; nothing is written."""
+    fp8 = Fp8.of(attention_inputs(case("decode_attention", "page_edges"), torch.float32))
+    inputs = fp8.meant
+    q = inputs.q.unflatten(0, (len(inputs.k), 1))
+    arguments = dict(
+        out=torch.zeros_like(q), lse=None, q=q, k_cache=fp8.k_cache, v_cache=fp8.v_cache,
+        block_table=inputs.cache.block_table, kv_len=inputs.kv_len, logit_scale=inputs.logit_scale,
+        rope_table=inputs.rope_table, chunk_size=inputs.chunk_size, local_size=inputs.local_size,
+        k_scale=fp8.k_scale, v_scale=fp8.v_scale,
+    )  # fmt: skip
+    refuses(ops.decode_attention, arguments, change, ("decode_attention", *text))
 
 
 def test_empty_sequence_gives_zero_and_minus_infinity(device: str) -> None:

@@ -16,6 +16,7 @@ from lib.generator import shuffled, tensor
 from lib.refuse import refuses
 from lib.threads import threads
 from qwen1m_ext import ops
+from reference.fp8 import quantise
 from reference.qkv_rope_append import qkv_rope_append as reference
 from reference.rope import rope_table
 
@@ -221,9 +222,45 @@ def test_refuses(change: dict, text: tuple[str, ...], device: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
-def test_fp8_is_refused(name: str, device: str) -> None:
-    """Scales mean an fp8 cache, which this version does not have."""
-    scale = torch.ones(1, device=device)
-    with pytest.raises(RuntimeError, match="fp8"):
-        ops.qkv_rope_append(**(good_arguments("qkv_rope_append", device) | {name: scale}))
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["chunk_border", "strided_rows", "gqa_7", "skipped_slots"])
+def test_fp8_cache_holds_the_rounded_values(name: str, dtype: torch.dtype) -> None:
+    """Bit for bit e4m3 of the fp32 value over the head's scale, beyond 448 too; q as ever."""
+    arguments = arguments_of(case("qkv_rope_append", name), dtype)
+    expected_q, *_ = run(arguments)
+    wide = {x: arguments[x].float() for x in ("q", "k_cache", "v_cache", "qkv", "bias")}
+    _, keys, values = run(arguments | wide)
+    heads = keys.shape[1]
+    k_scale, v_scale = 0.004 * torch.arange(1.0, heads + 1), 0.005 / torch.arange(1.0, heads + 1)
+    k_cache, v_cache = (
+        torch.full(keys.shape, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn) for _ in range(2)
+    )  # NaN
+    arguments |= dict(
+        q=torch.empty_like(expected_q), k_cache=k_cache, v_cache=v_cache, k_scale=k_scale,
+        v_scale=v_scale,
+    )  # fmt: skip
+    assert_same_bits(run(arguments)[0], expected_q, "q")
+    for cache, fp32, scale in ((k_cache, keys, k_scale), (v_cache, values, v_scale)):
+        expected = quantise(fp32, scale[:, None, None])
+        written = ~fp32.isnan()
+        assert written.any() and (expected[written].float().abs() == 448).any()
+        assert torch.equal(cache.view(torch.uint8)[written], expected.view(torch.uint8)[written])
+        assert (cache.view(torch.uint8)[~written] == 0x7F).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(k_scale=lambda _: torch.ones(1)), ("v_scale", "none")),
+        (dict(v_scale=lambda _: torch.ones(1)), ("k_scale", "none")),
+        (dict(k_scale=lambda _: torch.ones(1), v_scale=lambda _: torch.ones(1)),
+         ("k_cache", "float8_e4m3fn", "float32")),
+        (dict(k_cache=lambda t: t.to(torch.float8_e4m3fn)), ("k_cache", "float32")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, (dict, tuple)) else None,
+)  # fmt: skip
+def test_fp8_refuses(change: dict, text: tuple[str, ...]) -> None:
+    """Scales mean an fp8 cache, and both of them."""
+    arguments = good_arguments("qkv_rope_append")
+    refuses(ops.qkv_rope_append, arguments, change, ("qkv_rope_append", *text))

@@ -6,6 +6,8 @@
 #include <string>
 #include <utility>
 
+#include "common/fp8_cache.h"
+
 namespace qwen1m {
 namespace {
 
@@ -47,11 +49,24 @@ void check_out(const ArgCheck& args, const Out& out, const Q& q) {
   check_no_overlap(args, "out", out);
 }
 
+/// k_cache or v_cache; with a scale it is in fp8.
 template <typename Q>
-void check_cache(ArgCheck& args, const char* name, const AnyView<4>& cache, const Q& q) {
+void check_cache(ArgCheck& args, const char* name, const AnyView<4>& cache, const Q& q,
+                 const char* scale_name = "", const TensorView<const float, 1>& scale = {}) {
   args.shape(name, cache, {"pages", "kv_heads", kPageSize, "D"});
-  args.same_dtype(name, cache, "q", q);
+  check_cache_dtype(args, name, cache, q, scale_name, scale);
   args.dense_from(0, name, cache);
+}
+
+void check_caches(ArgCheck& args, const PrefillAttentionParams& p) {
+  check_cache(args, "k_cache", p.k_cache, p.q);
+  check_cache(args, "v_cache", p.v_cache, p.q);
+}
+
+void check_caches(ArgCheck& args, const DecodeAttentionParams& p) {
+  check_scales_together(args, p.k_scale, p.v_scale);
+  check_cache(args, "k_cache", p.k_cache, p.q, "k_scale", p.k_scale);
+  check_cache(args, "v_cache", p.v_cache, p.q, "v_scale", p.v_scale);
 }
 
 /// The caches have been met.
@@ -103,8 +118,7 @@ void check_common_layout(ArgCheck& args, const Params& p) {
   check_q(args, p.q);
   check_out(args, p.out, p.q);
   if (p.lse) check_no_overlap(args, "lse", p.lse);
-  check_cache(args, "k_cache", p.k_cache, p.q);
-  check_cache(args, "v_cache", p.v_cache, p.q);
+  check_caches(args, p);
   check_heads(args);
   args.shape("kv_len", p.kv_len, {"batch"});
   args.shape("block_table", p.block_table, {"batch", "max_pages"});
@@ -307,6 +321,8 @@ void check_attention(const DecodeAttentionParams& p) {
   ArgCheck args("decode_attention");
   check_layout(args, p);
   check_common_values(args, p);
+  check_cache_scales(args, "k_scale", p.k_scale);
+  check_cache_scales(args, "v_scale", p.v_scale);
 
   const int64_t q_tokens = args.size("q_tokens");
   for (int64_t b = 0; b < args.size("batch"); ++b) {

@@ -38,6 +38,7 @@ AttentionContext attention_context(const Params& p) {
           .k_cache = p.k_cache.data,
           .v_cache = p.v_cache.data,
           .dtype = p.q.dtype,
+          .cache_dtype = p.k_cache.dtype,
           .q_token_stride = p.q.stride(kHeads - 1),
           .q_head_stride = p.q.stride(kHeads),
           .kv_heads = p.k_cache.size(1),

@@ -4,6 +4,8 @@
 #include <limits>
 #include <new>
 
+#include "common/widen_fp8.h"
+
 namespace qwen1m {
 namespace {
 
@@ -65,6 +67,10 @@ TileWalker::TileWalker(BlockKernels kernels, const AttentionContext& context, in
     scores_ = take(kPageSize * lanes);
     v_pack_ = take(kernel.v_pack_floats(dim));
     k_pack_ = take(kernel.k_pack_floats(dim));
+    if (context.cache_dtype != context.dtype) {
+      k_page_ = take(kPageSize * dim);
+      v_page_ = take(kPageSize * dim);
+    }
     for (LaneBlock& b : blocks_) {
       b.q = take(kernel.q_floats(dim));
       b.o = take(dim * lanes);
@@ -136,7 +142,15 @@ const char* TileWalker::page_rows(const void* cache, int64_t page) const {
   const int64_t physical = *context_.block_table.at(tile_.batch, page);
   const int64_t elems =
       (physical * context_.kv_heads + tile_.kv_head) * kPageSize * context_.head_dim;
-  return static_cast<const char*>(cache) + elems * element_size(context_.dtype);
+  return static_cast<const char*>(cache) + elems * element_size(context_.cache_dtype);
+}
+
+const void* TileWalker::widened(const char* rows, int lo, int hi, float* buffer) const {
+  if (context_.cache_dtype == context_.dtype) return rows;
+  const int64_t first = lo * context_.head_dim, count = (hi - lo) * context_.head_dim;
+  auto* to = reinterpret_cast<char*>(buffer) + first * element_size(context_.dtype);
+  widen_fp8(reinterpret_cast<const e4m3*>(rows) + first, count, context_.dtype, to);
+  return buffer;
 }
 
 void TileWalker::attend(PageTile page) {
@@ -150,11 +164,12 @@ void TileWalker::attend(PageTile page) {
 
 void TileWalker::visit(const PageKeys& keys) {
   const int64_t dim = context_.head_dim;
-  PageTile page = kernel_->pack_page(page_rows(context_.k_cache, keys.page),
-                                     page_rows(context_.v_cache, keys.page), dim, keys.lo, keys.hi,
-                                     k_pack_, v_pack_);
+  PageTile page =
+      kernel_->pack_page(widened(page_rows(context_.k_cache, keys.page), keys.lo, keys.hi, k_page_),
+                         widened(page_rows(context_.v_cache, keys.page), keys.lo, keys.hi, v_page_),
+                         dim, keys.lo, keys.hi, k_pack_, v_pack_);
   page.begin = keys.page * kPageSize;
-  page.page_bytes = kPageSize * dim * element_size(context_.dtype);
+  page.page_bytes = kPageSize * dim * element_size(context_.cache_dtype);
   if (keys.next_page >= 0) {
     page.next_k = page_rows(context_.k_cache, keys.next_page);
     page.next_v = page_rows(context_.v_cache, keys.next_page);

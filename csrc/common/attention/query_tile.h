@@ -25,7 +25,8 @@ struct AttentionContext {
   const void* q = nullptr;        // un-rotated; element strides below, last dimension contiguous
   const void* k_cache = nullptr;  // [pages, kv_heads, 128, D]
   const void* v_cache = nullptr;
-  DType dtype = DType::kFloat32;  // of all of them
+  DType dtype = DType::kFloat32;        // of q, and of the steps
+  DType cache_dtype = DType::kFloat32;  // the same, or float8_e4m3fn, which is widened page by page
   int64_t q_token_stride = 0, q_head_stride = 0;
   int64_t kv_heads = 0;
   int64_t group = 0;  // query heads of a KV head
@@ -117,6 +118,8 @@ class TileWalker {
   /// The queries of the stage go to the blocks; those that are there already stay.
   void rotate_queries(const QueryTile&, Stage);
   void attend(PageTile);
+  /// Rows [lo, hi) of a page in the dtype of the steps; fp8 ones are widened into `buffer`.
+  const void* widened(const char* rows, int lo, int hi, float* buffer) const;
   LaneBlock& block(int64_t index) { return blocks_[static_cast<size_t>(index)]; }
 
   struct Free {
@@ -132,6 +135,7 @@ class TileWalker {
   std::optional<std::pair<QueryTile, Stage>> rotated_for_;  // whose queries the blocks hold
   int64_t num_rows_ = 0, num_blocks_ = 0;                   // of the tile at hand
   float *rotated_, *k_pack_, *v_pack_, *scores_;
+  float *k_page_ = nullptr, *v_page_ = nullptr;  // [128, D] of an fp8 cache, widened
   alignas(64) std::byte saved_[kSavedStateBytes];
 };
 

@@ -12,6 +12,7 @@
 #include "common/attention/attention_check.h"
 #include "common/attention/query_tile.h"
 #include "common/dispatch.h"
+#include "common/fp8_cache.h"
 
 namespace qwen1m {
 namespace {
@@ -46,7 +47,8 @@ std::vector<Task> cut_tiles(const DecodeAttentionParams& p, const AttentionConte
                                   .kv_head = h,
                                   .first_token = token,
                                   .num_tokens = num_tokens,
-                                  .logit_scale = *p.logit_scale.at(b)},
+                                  // The keys' scale is a factor of all logits.
+                                  .logit_scale = *p.logit_scale.at(b) * cache_scale(p.k_scale, h)},
                          .q_token = q_token,
                          .num_pieces = pieces,
                          .first_partial = partials});
@@ -111,7 +113,7 @@ void merge_tile(const DecodeAttentionParams& p, const AttentionContext& context,
         merge_partials(partials + (task.first_partial + i) * floats, rows * floats, task.num_pieces,
                        dim, task.tile.logit_scale, o);
     const int64_t t = task.q_token + i / group, h = task.tile.kv_head * group + i % group;
-    const float norm = row.norm();
+    const float norm = row.norm() * cache_scale(p.v_scale, task.tile.kv_head);
     T* to = out.at(task.tile.batch, t, h);
     for (int64_t d = 0; d < dim; ++d) to[d] = T(row.o[d] * norm);
     if (p.lse) *p.lse.at(task.tile.batch, t, h) = row.lse(task.tile.logit_scale);

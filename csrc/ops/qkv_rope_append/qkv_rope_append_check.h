@@ -4,6 +4,7 @@
 #include <string>
 
 #include "common/check.h"
+#include "common/fp8_cache.h"
 #include "qwen1m/dual_chunk.h"
 #include "qwen1m/qkv_rope_append.h"
 
@@ -17,11 +18,12 @@ inline void check_qkv_rope_append_layout(const QkvRopeAppendParams& p) {
   args.require(head_dim > 0 && head_dim % 2 == 0, "q", "an even head_dim D > 0", head_dim);
   args.dense_from(1, "q", p.q);
   args.separate_rows("q", p.q);
+  check_scales_together(args, p.k_scale, p.v_scale);
   args.shape("k_cache", p.k_cache, {"pages", "kv_heads", kPageSize, "D"});
-  args.same_dtype("k_cache", p.k_cache, "q", p.q);
+  check_cache_dtype(args, "k_cache", p.k_cache, p.q, "k_scale", p.k_scale);
   args.dense_from(0, "k_cache", p.k_cache);
   args.shape("v_cache", p.v_cache, {"pages", "kv_heads", kPageSize, "D"});
-  args.same_dtype("v_cache", p.v_cache, "q", p.q);
+  check_cache_dtype(args, "v_cache", p.v_cache, p.q, "v_scale", p.v_scale);
   args.dense_from(0, "v_cache", p.v_cache);
   const Dim columns("(q_heads + 2 kv_heads) D",
                     (args.size("q_heads") + 2 * args.size("kv_heads")) * head_dim);
@@ -44,6 +46,8 @@ inline void check_qkv_rope_append_layout(const QkvRopeAppendParams& p) {
 /// leaves the cache as it was.
 inline void check_qkv_rope_append_values(const QkvRopeAppendParams& p) {
   const ArgCheck args("qkv_rope_append");
+  check_cache_scales(args, "k_scale", p.k_scale);
+  check_cache_scales(args, "v_scale", p.v_scale);
   const int64_t slots = p.k_cache.size(0) * kPageSize, rows = p.rope_table.size(0);
   for (int64_t t = 0; t < p.q.size(0); ++t) {
     const int64_t slot = *p.slot_mapping.at(t), position = *p.positions.at(t);
