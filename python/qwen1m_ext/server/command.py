@@ -21,8 +21,10 @@ _OPTIONS: list[tuple[str, dict[str, Any]]] = [
                      "help": "requests that may wait; more get 429"}),
     ("--prefill-chunk-tokens", {"type": int, "default": 32_768, "metavar": "N",
                                 "help": "of a prompt that are computed at a time"}),
-    ("--max-itl-ms", {"type": float, "metavar": "MS",
+    ("--max-itl-ms", {"type": float, "default": 500.0, "metavar": "MS",
                       "help": "bound of the time between two tokens while prompts are read"}),
+    ("--max-chunk-ms", {"type": float, "default": 2000.0, "metavar": "MS",
+                        "help": "of a prompt computed at a time while no answer is under way"}),
     ("--max-body-bytes", {"type": int, "default": 64 << 20, "metavar": "N",
                           "help": "larger bodies get 413"}),
     ("--keep-alive-seconds", {"type": float, "default": 10.0, "metavar": "S",
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         "prefill_chunk_tokens": args.prefill_chunk_tokens,
         "max_num_seqs": args.max_num_seqs,
         "max_itl_ms": args.max_itl_ms,
+        "max_chunk_ms": args.max_chunk_ms,
         "enable_prefix_caching": not args.no_prefix_caching,
     }
     settings = Settings(
