@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .config import DualChunkConfig, ModelConfig
 from .kv_cache import KVCache, SequenceCache, pages_for
+from .sparsity import SparsePrefill, Stored
 
 
 def build_rope_table(theta: float, head_dim: int, rows: int) -> Tensor:
@@ -43,9 +44,14 @@ class Rotary:
     head_dim: int
 
     @staticmethod
-    def build(config: ModelConfig, dual_chunk: DualChunkConfig, max_tokens: int) -> Rotary:
-        """Build the table for sequences of up to `max_tokens` tokens."""
-        rows = dual_chunk.table_rows(max_tokens)
+    def build(
+        config: ModelConfig, dual_chunk: DualChunkConfig, max_tokens: int, *, critical: bool = False
+    ) -> Rotary:
+        """Build the table for sequences of up to `max_tokens` tokens.
+
+        `critical`: with the positions that only the selection of sparse prefill uses.
+        """
+        rows = dual_chunk.table_rows(max_tokens, critical)
         table = build_rope_table(config.rope_theta, config.head_dim, rows)
         return Rotary(dual_chunk, table, config.head_dim)
 
@@ -62,6 +68,7 @@ class Segment:
     begin: int
     end: int
     temperature: float
+    sparse: SparsePrefill | None = None  # None: dense
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,17 @@ class _Call:
     block_table: Tensor  # [lone + runs, pages] int32
     kv_len: Tensor  # [lone + runs] int64
     logit_scale: Tensor  # [lone + runs] float32
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows [begin, end) of a batch that attend together."""
+
+    begin: int
+    end: int
+    call: _Call
+    segment: int  # the last of the part, the only one of a sparse part
+    sparse: SparsePrefill | None
 
 
 class Batch:
@@ -92,6 +110,7 @@ class Batch:
         self._slots = torch.cat([s.sequence.slots(s.begin, s.end) for s in segments])
         self._every_row = self._call([(i, s.begin, s.end) for i, s in enumerate(segments)])
         self._some_rows: tuple[Tensor, _Call] | None = None
+        self._parts = self._cut() if any(s.sparse for s in segments) else []
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -113,13 +132,49 @@ class Batch:
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
         """Attention of all rows; q and out: [rows, q_heads, D]."""
-        self._run(self._every_row, layer, q, out)
+        for part in self._parts:
+            rows = slice(part.begin, part.end)
+            if part.sparse and part.sparse.covers(layer):
+                part.sparse.attend(layer, self.stored(layer, part.segment), q[rows], out[rows])
+            else:
+                self._run(part.call, layer, q[rows], out[rows])
+        if not self._parts:
+            self._run(self._every_row, layer, q, out)
 
     def attend_rows(self, layer: int, q: Tensor, out: Tensor, rows: Tensor) -> None:
         """Attention of chosen rows, ascending; q and out: [len(rows), q_heads, D]."""
         if self._some_rows is None or self._some_rows[0] is not rows:
             self._some_rows = rows, self._call(self._runs(rows.tolist()))
         self._run(self._some_rows[1], layer, q, out)
+
+    def stored(self, layer: int, segment: int) -> Stored:
+        """What is cached of a segment's sequence, and how its queries meet it."""
+        s = self._segments[segment]
+        scale = self._rotary.logit_scale(s.temperature)
+        return Stored(
+            s.begin,
+            self._cache.k[layer],
+            self._cache.v[layer],
+            s.sequence.block_table[:, : pages_for(s.end)],
+            torch.tensor([scale], dtype=torch.float32),
+            self._rotary.table,
+        )
+
+    def _cut(self) -> list[_Part]:
+        """Every sparse segment on its own, and what lies between them."""
+        parts: list[_Part] = []
+        first = 0
+        for i, segment in enumerate(self._segments):
+            last = i + 1 == len(self._segments)
+            if segment.sparse or last or self._segments[i + 1].sparse:
+                runs = [(j, *self._bounds(j)) for j in range(first, i + 1)]
+                rows = self._first[first], self._first[i + 1]
+                parts.append(_Part(*rows, self._call(runs), i, segment.sparse))
+                first = i + 1
+        return parts
+
+    def _bounds(self, segment: int) -> tuple[int, int]:
+        return self._segments[segment].begin, self._segments[segment].end
 
     def _runs(self, rows: list[int]) -> list[tuple[int, int, int]]:
         """(segment, begin, end) of neighbouring rows: each run is a sequence of its own."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, demo_model_path
+from . import __version__, demo_model_path, sparsity_commands
 from .benchmark.command import add_commands as add_bench_commands
 from .errors import Qwen1mError, RequestError
 from .server import command as serve_command
@@ -143,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--depth", type=float, help="place of the fact, 0 to 1 (default: random)")
     demo.add_argument("--rope", choices=("auto", "dca", "plain"), default="auto",
                       help="plain: without Dual Chunk Attention, to see it fail")  # fmt: skip
+    demo.add_argument("--attention", choices=("auto", "dense", "sparse", "both"),
+                      help="both: the one after the other, compared (default: both up to 128k, "
+                      "dense with --rope plain, else sparse)")  # fmt: skip
     demo.add_argument("--model", default=str(demo_model_path()), help=argparse.SUPPRESS)
 
     plan = commands.add_parser(
@@ -183,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--no-report", action="store_true", help="write the checkpoint only")
     quantize.add_argument("-q", "--quiet", action="store_true", help="no bar")
 
+    sparsity_commands.add_parsers(commands, token_count)
+
     doctor = commands.add_parser(
         "doctor",
         help="versions, CPU features, operators, self-test; paste-ready",
@@ -198,6 +203,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rope", choices=("auto", "dca", "plain"), default="auto")
+    parser.add_argument("--attention", choices=("auto", "dense", "sparse"), default="auto",
+                        help="of the prompt: exact, vertical-slash, or by its length")  # fmt: skip
+    parser.add_argument("--sparse-config", type=Path, metavar="FILE",
+                        help="budgets (default: the checkpoint's)")  # fmt: skip
     parser.add_argument("--max-model-len", type=token_count, metavar="N",
                         help="context to reserve for (default: the model's)")  # fmt: skip
 
@@ -227,6 +236,8 @@ def _load(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
         dtype=args.dtype,
         device=args.device,
         rope=args.rope,
+        attention=args.attention,
+        sparse_config=args.sparse_config,
         max_model_len=args.max_model_len,
     )
     given = {name: getattr(args, name, None) for name in (*_SAMPLING, "stop", "ignore_eos")}
@@ -343,6 +354,11 @@ def _demo(args: argparse.Namespace) -> int:
     from .demo import run_demo
 
     correct = run_demo(
-        args.model, tokens=args.tokens, seed=args.seed, rope=args.rope, depth=args.depth
+        args.model,
+        tokens=args.tokens,
+        seed=args.seed,
+        rope=args.rope,
+        depth=args.depth,
+        attention=args.attention,
     )
     return 0 if correct or args.rope == "plain" else 1

@@ -90,9 +90,15 @@ class DualChunkConfig:
         ratio = num_tokens / self.original_max_position_embeddings
         return max(1.0, 0.1 * math.log(ratio) + 1.0) if ratio > 1 else 1.0
 
-    def table_rows(self, num_tokens: int) -> int:
-        """Rows of the rotary table that tokens below `num_tokens` read."""
-        return num_tokens if num_tokens <= self.chunk_len else self.chunk_size + 1
+    def table_rows(self, num_tokens: int, critical: bool = False) -> int:
+        """Rows of the rotary table that tokens below `num_tokens` read.
+
+        `critical`: also the positions that only the selection of sparse prefill uses; they go on
+        beyond chunk_size.
+        """
+        if num_tokens <= self.chunk_len:
+            return num_tokens
+        return self.chunk_size + (self.chunk_len if critical else 1)
 
 
 PLAIN_ROPE = DualChunkConfig(INFINITE_CHUNK, 0, None)
@@ -115,6 +121,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: torch.dtype  # of the stored weights, as config.json says
     dual_chunk: DualChunkConfig  # PLAIN_ROPE when the config has none
+    sparse_attention_enabled: bool = True  # whether prompts may be prefilled sparsely by default
+    sparse_attention_threshold: int = 32_768  # tokens: by default only longer prompts are
     eos_token_ids: tuple[int, ...] = ()
     quantised: bool = False  # linear layers are stored in fp8, see FP8_QUANTIZATION
 
@@ -249,6 +257,23 @@ def _quantised(f: _Fields) -> bool:
     return True
 
 
+_SPARSE_FIELDS = {
+    "sparse_attention_enabled",
+    "sparse_attention_threshold",
+    "sparse_attention_last_q",
+}
+
+
+def _sparse_attention(f: _Fields) -> tuple[bool, int]:
+    """(enabled, threshold): the fields of dual_chunk_attention_config that vLLM reads."""
+    values = f.values.get("dual_chunk_attention_config") or {}
+    d = _Fields(values, f"{f.where}: dual_chunk_attention_config")
+    if d.integer("sparse_attention_last_q", default=64) != 64:
+        raise d.fail("sparse_attention_last_q", "64 (the selecting rows of a segment) or absent")
+    enabled = d.boolean("sparse_attention_enabled", True)
+    return enabled, d.integer("sparse_attention_threshold", default=32_768, low=0)
+
+
 def _dual_chunk(f: _Fields, max_positions: int) -> DualChunkConfig:
     value = f.values.get("dual_chunk_attention_config")
     if value is None:
@@ -257,12 +282,9 @@ def _dual_chunk(f: _Fields, max_positions: int) -> DualChunkConfig:
         raise f.fail("dual_chunk_attention_config", "null or an object")
     d = _Fields(value, f"{f.where}: dual_chunk_attention_config")
     known = {"chunk_size", "local_size", "original_max_position_embeddings"}
-    sparse = {"sparse_attention_enabled", "sparse_attention_threshold", "sparse_attention_last_q"}
-    unknown = set(value) - known - sparse
+    unknown = set(value) - known - _SPARSE_FIELDS
     if unknown:
         raise ConfigError(f"{d.where}: unknown field {sorted(unknown)[0]!r}")
-    if value.get("sparse_attention_enabled"):
-        raise d.fail("sparse_attention_enabled", "false or absent (not in this version)")
     chunk_size = d.integer("chunk_size")
     local_size = d.integer("local_size", low=0)
     if local_size >= chunk_size:
@@ -341,6 +363,8 @@ def read_config(path: Path) -> ModelConfig:
     if dtype is None:
         raise f.fail("torch_dtype", f"one of {', '.join(_DTYPES)}")
     max_positions = f.integer("max_position_embeddings")
+    dual_chunk = _dual_chunk(f, max_positions)
+    sparse_enabled, sparse_threshold = _sparse_attention(f)
     return ModelConfig(
         vocab_size=f.integer("vocab_size", high=1 << 24),
         hidden_size=hidden,
@@ -354,7 +378,9 @@ def read_config(path: Path) -> ModelConfig:
         max_position_embeddings=max_positions,
         tie_word_embeddings=f.boolean("tie_word_embeddings", False),
         dtype=dtype,
-        dual_chunk=_dual_chunk(f, max_positions),
+        dual_chunk=dual_chunk,
+        sparse_attention_enabled=sparse_enabled,
+        sparse_attention_threshold=sparse_threshold,
         eos_token_ids=f.token_ids("eos_token_id"),
         quantised=_quantised(f),
     )

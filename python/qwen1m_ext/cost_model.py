@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .config import ModelConfig
+from .sparse_config import WINDOW_TOKENS
 
 ASSUMED_FLOPS = 50e9
 """Operations per second before anything has been measured."""
@@ -61,14 +62,14 @@ class Work:
 class CostModel:
     """Seconds of steps. One thread observes; any may ask."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Start from the counted operations of a model."""
+    def __init__(self, config: ModelConfig, sparse_columns: float = 1024) -> None:
+        """Start from the counted operations of a model; sparse rows attend to so many keys."""
         linear, pair = _linear_flops(config), _pair_flops(config)
         head = 2.0 * config.hidden_size * config.vocab_size
         flops = (
             linear,  # c: a step's fixed cost, about a token's
             linear, pair,  # dense: per token, per pair
-            linear + 1024 * pair, 64 * pair,  # sparse: per token, per key of the estimate
+            linear + sparse_columns * pair, 64 * pair,  # sparse: per token, per key of the estimate
             linear + head, pair,  # decode: per sequence, per key
         )  # fmt: skip
         self._prior = [f / ASSUMED_FLOPS for f in flops]
@@ -145,8 +146,14 @@ def _features(work: Iterable[Work]) -> tuple[float, ...]:
             decode_keys += piece.end
         elif piece.sparse:
             sparse_tokens += piece.end - piece.begin
-            sparse_keys += piece.end
+            sparse_keys += _estimated_keys(piece.begin, piece.end)
         else:
             dense_tokens += piece.end - piece.begin
             dense_pairs += (piece.end**2 - piece.begin**2) / 2
     return 1.0, dense_tokens, dense_pairs, sparse_tokens, sparse_keys, decodes, decode_keys
+
+
+def _estimated_keys(begin: int, end: int) -> float:
+    """Keys that the estimates of a sparse prefill read: at the end of each window all before it."""
+    windows, keys = range(begin // WINDOW_TOKENS + 1, -(-end // WINDOW_TOKENS)), float(end)
+    return keys + WINDOW_TOKENS * sum(windows) if end > begin else 0.0

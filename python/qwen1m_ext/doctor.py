@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _host, ops
 from .attention import build_rope_table
+from .machine import cpu_name
 from .memory import available_bytes, format_bytes
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -36,7 +37,7 @@ def facts() -> Iterator[tuple[str, str]]:
         "torch ABI",
         f"built with {build['torch_headers']}, needs {build['torch_target']} or newer",
     )
-    yield "cpu", f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    yield "cpu", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     compiled = ", ".join(build["cpu_isas_compiled"])
     yield "cpu kernels", f"{build['cpu_isa']} (compiled: {compiled})"
     available = available_bytes()
@@ -154,17 +155,6 @@ def _definition(
     logits = torch.where(apart == 0, intra, torch.where(apart == 1, succ, far)) * dim**-0.5
     logits = logits.masked_fill(token > token[:, None], -torch.inf)
     return torch.einsum("hqk,khd->qhd", logits.softmax(-1), v)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _gpu() -> str:

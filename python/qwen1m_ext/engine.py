@@ -31,16 +31,19 @@ from .memory import available_bytes, format_bytes
 from .model import Qwen2Model
 from .output_processor import OutputProcessor
 from .plan import PREFILL_CHUNK_TOKENS, Deployment, fit_context, memory_plan
+from .prefill_policy import PrefillPolicy
 from .prefix_cache import PrefixCache, extend_keys
-from .request import SamplingParams
+from .request import AttentionName, SamplingParams
 from .residency import Residency
 from .runner import ModelRunner
 from .sampler import LogitsProcessor, Sampler
 from .scheduler import Limits, Scheduler
 from .scoring import PromptScorer
-from .sequence import DENSE, OnHidden, Request
+from .sequence import DENSE, AttentionPolicy, OnHidden, Request
 from .sequence import Sequence as Sample
 from .sessions import Session
+from .sparse_config import SparseSettings
+from .sparsity import SparseAttention, SparsePrefill
 from .tokenizer import Tokenizer
 from .weights import fingerprint, load_weights
 
@@ -64,6 +67,9 @@ class Engine:
         max_model_len: int | None = None,
         device: str = "auto",
         rope: RopeName = "auto",
+        attention: AttentionName = "auto",
+        sparse_config: str | Path | None = None,
+        sparse_settings: SparseSettings | None = None,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         load_tokenizer: bool = True,
         max_num_seqs: int = 64,
@@ -82,6 +88,12 @@ class Engine:
             device: "auto" or "cpu"; "cuda" when the package was built with CUDA kernels.
             rope: "auto": as the config says; "dca": refuse a config without Dual Chunk Attention;
                 "plain": ignore it, to see what it is for.
+            attention: of prefills that do not choose (`SamplingParams.attention`). "dense": exact,
+                and nothing is reserved for sparse prefill; "sparse": vertical-slash; "auto": sparse
+                where the checkpoint has budgets and the prompt is long (`PrefillPolicy`).
+            sparse_config: budgets in place of the checkpoint's sparse_attention_config.json.
+            sparse_settings: how columns and diagonals are chosen; None: as the budgets were
+                refined, or as published.
             prefill_chunk_tokens: tokens per prefill chunk.
             load_tokenizer: False: token ids in, token ids out.
             max_num_seqs: samples that run at once; others wait.
@@ -117,6 +129,16 @@ class Engine:
         for name, value in (("max_itl_ms", max_itl_ms), ("max_chunk_ms", max_chunk_ms)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}: expected a number > 0 or None, got {value}")
+        self.policy = PrefillPolicy.load(
+            attention,
+            self.model_dir,
+            self.config,
+            str(self.dtype).removeprefix("torch."),
+            sparse_config=sparse_config,
+            settings=sparse_settings,
+            plain=self.dual_chunk.is_plain,
+            chunk_tokens=prefill_chunk_tokens,
+        )
         deployment = Deployment(
             tokens=0,
             dtype=self.dtype,
@@ -124,6 +146,7 @@ class Engine:
             chunk_tokens=prefill_chunk_tokens,
             max_seqs=max_num_seqs + MAX_SESSIONS,
             decode_rows=max_num_seqs,
+            sparse=attention != "dense",
         )
         shape = replace(self.config, dual_chunk=self.dual_chunk)
         self.max_model_len = fit_context(shape, deployment, max_model_len, available_bytes())
@@ -131,7 +154,18 @@ class Engine:
         weights = load_weights(model_dir, self.config, self.dtype)
         self.chunk_tokens = min(prefill_chunk_tokens, self.max_model_len)
         self.step_tokens = self.chunk_tokens + max_num_seqs
-        self.rotary = Rotary.build(self.config, self.dual_chunk, self.max_model_len)
+        self.sparse: SparseAttention | None = None
+        if attention != "dense":
+            self.sparse = SparseAttention(
+                self.config,
+                self.dual_chunk,
+                self.policy.budgets,
+                self.max_model_len,
+                self.policy.settings,
+            )
+        self.rotary = Rotary.build(
+            self.config, self.dual_chunk, self.max_model_len, critical=self.sparse is not None
+        )
         self.model = Qwen2Model(self.config, weights, self.step_tokens)
         self.cache = KVCache(
             self.config, self.dtype, self.max_model_len, max_seqs=deployment.max_seqs
@@ -154,7 +188,7 @@ class Engine:
 
     def _build_core(self, limits: Limits, prefix_caching: bool) -> Core:
         """The threads' world. It must not know this object, whose end is to end it."""
-        cost = CostModel(self.config)
+        cost = CostModel(self.config, self.sparse.mean_columns if self.sparse else 0.0)
         prefixes = PrefixCache(self.cache.allocator, self.model_key, prefix_caching)
         residency = Residency(
             self.cache, prefixes, self.dual_chunk.temperature, limits.max_num_seqs
@@ -196,6 +230,7 @@ class Engine:
             for token in getattr(params, name) or ():
                 if token >= vocab:
                     raise RequestError(f"{name}: expected token ids in [0, {vocab}), got {token}")
+        self._sparse_for(len(token_ids), params)
         if params.stop_list and self.tokenizer is None:
             raise RequestError("stop: expected none, as no tokenizer is loaded, got strings")
         tokens = min(len(token_ids) + (params.max_tokens or self.max_model_len), self.max_model_len)
@@ -206,6 +241,20 @@ class Engine:
                 f"request: the KV cache of {tokens} tokens needs {needed} bytes "
                 f"({format_bytes(needed)}), but {available} bytes are available"
             )
+
+    def _sparse_for(self, prompt_tokens: int, params: SamplingParams) -> SparseAttention | None:
+        """How this prompt is prefilled; None: densely. Raises RequestError if that cannot be."""
+        if not self.policy.is_sparse(params.attention, prompt_tokens):
+            return None
+        if self.sparse is None:
+            raise RequestError('attention: expected "dense", as the engine is, got "sparse"')
+        needed = min(prompt_tokens, self.sparse.settings.window_tokens)
+        if self.chunk_tokens < needed:
+            raise RequestError(
+                f"attention: sparse prefill of {prompt_tokens} tokens needs "
+                f"prefill_chunk_tokens of at least {needed}, got {self.chunk_tokens}"
+            )
+        return self.sparse
 
     def submit(
         self,
@@ -272,6 +321,9 @@ class Engine:
     ) -> Request:
         prefixes = self._core.scheduler.residency.prefixes
         number = next(self._numbers)
+        sparse, policy = self._sparse_for(len(token_ids), params), DENSE
+        if sparse:
+            policy = AttentionPolicy(sparse.key, sparse.grid.window_tokens, sparse.grid.border)
         request = Request(
             request_id or f"request-{number}",
             token_ids,
@@ -280,7 +332,8 @@ class Engine:
             priority=priority,
             temperature=self.dual_chunk.temperature(len(token_ids)),
             session=session,
-            policy=DENSE,
+            policy=policy,
+            sparse=SparsePrefill.start(sparse) if sparse else None,
             on_hidden=on_hidden,
             pin=pin,
         )

@@ -14,8 +14,9 @@ from .errors import RequestError
 from .events import OnProgress
 from .handle import RequestHandle
 from .plan import PREFILL_CHUNK_TOKENS
-from .request import RequestOutput, SamplingParams
+from .request import AttentionName, RequestOutput, SamplingParams
 from .sessions import Session
+from .sparse_config import SparseSettings
 from .tokenizer import Message, Tokenizer
 
 
@@ -51,6 +52,9 @@ class LLM:
         max_model_len: int | None = None,
         device: str = "auto",
         rope: RopeName = "auto",
+        attention: AttentionName = "auto",
+        sparse_config: str | Path | None = None,
+        sparse_settings: SparseSettings | None = None,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         skip_tokenizer_init: bool = False,
         max_num_seqs: int = 64,
@@ -66,6 +70,9 @@ class LLM:
             max_model_len=max_model_len,
             device=device,
             rope=rope,
+            attention=attention,
+            sparse_config=sparse_config,
+            sparse_settings=sparse_settings,
             prefill_chunk_tokens=prefill_chunk_tokens,
             load_tokenizer=not skip_tokenizer_init,
             max_num_seqs=max_num_seqs,

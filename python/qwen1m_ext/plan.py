@@ -17,6 +17,7 @@ from .fp8 import FP8
 from .kv_cache import cache_bytes
 from .memory import format_bytes
 from .model import activation_bytes, linear_scratch_bytes, logits_bytes
+from .sparsity import score_bytes
 from .weights import weight_bytes
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class MemoryPlan:
 def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
     """Bytes of everything that a deployment holds at its peak."""
     d = deployment
-    rows = config.dual_chunk.table_rows(d.tokens)
+    rows = config.dual_chunk.table_rows(d.tokens, critical=d.sparse)
     items = {
         "weights": weight_bytes(config, d.dtype),
         "kv cache": cache_bytes(config, d.kv_dtype, d.tokens, d.max_seqs),
@@ -82,14 +83,16 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
 def _scratch_bytes(config: ModelConfig, d: Deployment) -> int:
     """What is held for a moment besides the activations.
 
-    On the CPU: a block of widened weights. On a GPU: keys and values of one layer, widened once
-    per prefill chunk; a prefill kernel that gathers columns, or reads fp8, is fed from a contiguous
-    copy in the computing dtype, while dense bf16 attention reads the pages where they lie.
+    Sparse: the scores of the selection. On the CPU: a block of widened weights. On a GPU: keys and
+    values of one layer, widened once per prefill chunk; a prefill kernel that gathers columns, or
+    reads fp8, is fed from a contiguous copy in the computing dtype, while dense bf16 attention
+    reads the pages where they lie.
     """
+    scores = score_bytes(config, d.tokens) if d.sparse else 0
     if not d.gpu:
-        return linear_scratch_bytes(config, d.dtype, d.chunk)
+        return scores + linear_scratch_bytes(config, d.dtype, d.chunk)
     if d.sparse or d.kv_dtype == FP8:
-        return 2 * d.tokens * config.kv_size * d.dtype.itemsize
+        return scores + 2 * d.tokens * config.kv_size * d.dtype.itemsize
     return 0
 
 

@@ -8,6 +8,9 @@ from typing import Literal
 from .config import GenerationConfig
 from .errors import RequestError
 
+AttentionName = Literal["auto", "dense", "sparse"]
+ATTENTION_NAMES: tuple[AttentionName, ...] = ("auto", "dense", "sparse")
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -50,6 +53,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None  # of this many best tokens and the chosen one
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
+    attention: AttentionName | None = None  # of this prompt's prefill; None: the engine's choice
 
     def __post_init__(self) -> None:
         """Check every value, so that a bad one is refused before any work is done."""
@@ -90,6 +94,9 @@ class SamplingParams:
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.attention not in (*ATTENTION_NAMES, None):
+            expected = ", ".join(ATTENTION_NAMES)
+            raise RequestError(f"attention: expected {expected} or None, got {self.attention!r}")
         if not all(isinstance(text, str) and text for text in self.stop_list):
             raise RequestError(f"stop: expected non-empty strings, got {self.stop!r}")
         tokens = [] if self.stop_token_ids is None else self.stop_token_ids
@@ -160,6 +167,8 @@ class RequestMetrics:
     time_to_first_token: float = 0.0
     decode_seconds: float = 0.0  # from the first token to the last, all samples
     output_tokens: int = 0
+    sparse: bool = False  # whether the prompt was prefilled sparsely
+    recall: float | None = None  # softmax mass that the selected keys held, on sampled rows
 
     @property
     def prefill_tokens_per_second(self) -> float:

@@ -134,7 +134,7 @@ class Residency:
         request = sequence.request
         if request.on_hidden is not None:
             session.truncate(0)
-        reused, _ = session.begin(sequence.tokens, request.temperature)
+        reused, _ = session.begin(sequence.tokens, request.temperature, request.policy.name)
         reused = request.policy.last_stop(reused)
         sequence.cache = session.sequence
         if len(pages) * PAGE_SIZE > reused:

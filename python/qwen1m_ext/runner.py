@@ -117,10 +117,10 @@ class ModelRunner:
         segments = []
         if uniform > piece.begin:
             s = self._temperature(sequence, piece.begin)
-            segments.append(Segment(cache, piece.begin, uniform, s))
+            segments.append(Segment(cache, piece.begin, uniform, s, sequence.request.sparse))
         for position in range(uniform, piece.end):  # output that is computed anew, or decode
             s = self._temperature(sequence, position)
-            if segments and segments[-1].temperature == s:
+            if segments and segments[-1].temperature == s and segments[-1].sparse is None:
                 segments[-1] = Segment(cache, segments[-1].begin, position + 1, s)
             else:
                 segments.append(Segment(cache, position, position + 1, s))
@@ -174,6 +174,7 @@ class ModelRunner:
         assert sequence.sampler is not None, "the runner's sequences have samplers"
         if request.metrics.prefill_seconds == 0 and request.started is not None:
             request.metrics.prefill_seconds = time.perf_counter() - request.started
+            request.metrics.recall = request.sparse.meter.mean if request.sparse else None
         try:
             token = sequence.sampler.sample(logits)
         except Exception as error:

@@ -21,6 +21,7 @@ from .ops import PAGE_SIZE
 from .request import RequestMetrics, SamplingParams
 from .sampler import Sampler
 from .sessions import Session
+from .sparsity import SparsePrefill
 
 OnHidden = Callable[[int, Tensor], None]
 """Called with (position of the first row, final hidden states [n, hidden]) for every prompt row."""
@@ -84,6 +85,7 @@ class Request:
         temperature: float = 1.0,
         session: Session | None = None,
         policy: AttentionPolicy = DENSE,
+        sparse: SparsePrefill | None = None,
         on_hidden: OnHidden | None = None,
         pin: bool = False,
     ) -> None:
@@ -91,7 +93,7 @@ class Request:
         self.request_id, self.prompt, self.params = request_id, prompt, params
         self.arrival, self.priority = arrival, priority
         self.temperature, self.session, self.policy = temperature, session, policy
-        self.on_hidden, self.pin = on_hidden, pin
+        self.sparse, self.on_hidden, self.pin = sparse, on_hidden, pin
         self.keys: list[bytes] = []  # of the prompt's full pages under `root`
         self.root = b""
         self.samples: list[Sequence] = []
@@ -103,7 +105,7 @@ class Request:
         self.cached = 0
         self.scored = 0  # prompt rows that `on_hidden` has seen
         self.done = 0.0  # prompt tokens, finished layers of the current chunk included
-        self.metrics = RequestMetrics(prompt_tokens=len(prompt))
+        self.metrics = RequestMetrics(prompt_tokens=len(prompt), sparse=sparse is not None)
         self.handle: RequestHandle | None = None
         self.on_progress: OnProgress | None = None
 

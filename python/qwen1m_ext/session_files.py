@@ -85,8 +85,8 @@ class SessionInfo:
     freeze_temperature: bool
 
 
-def cache_key(engine: Engine) -> CacheKey:
-    """The key of an engine's cache."""
+def cache_key(engine: Engine, attention: str) -> CacheKey:
+    """The key of what an engine caches, prefilled under an attention policy."""
     config, dual_chunk = engine.config, engine.dual_chunk
     return CacheKey(
         weights=fingerprint(engine.model.weights),
@@ -94,7 +94,7 @@ def cache_key(engine: Engine) -> CacheKey:
         local_size=dual_chunk.local_size,
         original_max_position_embeddings=dual_chunk.original_max_position_embeddings,
         rope_theta=config.rope_theta,
-        attention="dense",
+        attention=attention,
         dtype=str(engine.dtype).removeprefix("torch."),
         num_layers=config.num_layers,
         kv_heads=config.num_kv_heads,
@@ -130,7 +130,7 @@ def save_session(engine: Engine, session: Session, directory: Path, name: str) -
     header = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": engine.model_dir.resolve().name,
-        "key": asdict(cache_key(engine)),
+        "key": asdict(cache_key(engine, session.policy)),
         "num_tokens": len(tokens),
         "token_sha256": hashlib.sha256(token_bytes).hexdigest(),
         "drawn": session.drawn,
@@ -200,6 +200,7 @@ def load_session(engine: Engine, path: Path) -> Session:
                 _read_pages(file, pool, pages, what)
             session.token_ids = tokens.tolist()
             session.temperature, session.drawn = info.temperature, info.drawn
+            session.policy = info.key.attention
         except BaseException:
             session.close()
             raise
@@ -339,7 +340,9 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[SessionInfo, int]:
 
 def _check_key(info: SessionInfo, engine: Engine, path: Path) -> None:
     """Refuse a file of another model or configuration, naming what differs."""
-    own, stored = asdict(cache_key(engine)), asdict(info.key)
+    sparse = engine.sparse.key if engine.sparse else "dense"
+    attention = sparse if info.key.attention == sparse else "dense"
+    own, stored = asdict(cache_key(engine, attention)), asdict(info.key)
     for field, value in own.items():
         if stored[field] != value:
             raise SessionFileError(

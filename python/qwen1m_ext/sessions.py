@@ -18,6 +18,9 @@ class Session:
     `freeze_temperature`. Then the s of its first prompt stays for all turns, which equals one
     request with that s.
 
+    What was prefilled sparsely is reused by prompts that are, and up to the last whole window: the
+    last rows of a window select for all of it. So it is with what was prefilled densely.
+
     One request at a time uses a session; others wait for their turn.
     """
 
@@ -31,13 +34,17 @@ class Session:
         self.token_ids: list[int] = []  # in the cache, all computed under `temperature`
         self.drawn: list[int] = []  # by the last request after them, and not computed
         self.temperature: float | None = None  # s(n); None: nothing cached yet
+        self.policy = "dense"  # attention that the tokens were computed with
 
-    def begin(self, token_ids: Sequence[int], temperature: float) -> tuple[int, float]:
+    def begin(
+        self, token_ids: Sequence[int], temperature: float, policy: str = "dense"
+    ) -> tuple[int, float]:
         """Cut the cache back to what a prompt can reuse; the session is busy from now on.
 
         Args:
             token_ids: the whole prompt.
             temperature: s(n) of a request with this prompt.
+            policy: the request's attention, by name.
 
         Returns:
             How many leading tokens are reused (less than the prompt's length: the last one must run
@@ -47,11 +54,11 @@ class Session:
         if self.freeze_temperature and self.temperature is not None:
             temperature = self.temperature
         reused = 0
-        if temperature == self.temperature:
+        if (temperature, policy) == (self.temperature, self.policy):
             limit = min(len(self.token_ids), len(token_ids) - 1)
             while reused < limit and self.token_ids[reused] == token_ids[reused]:
                 reused += 1
-        self.temperature = temperature
+        self.temperature, self.policy = temperature, policy
         self.truncate(reused)
         return reused, temperature
 

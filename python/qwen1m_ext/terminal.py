@@ -62,6 +62,11 @@ class PrefillBar:
         """The same, for those who cannot use `with`."""
         self._bar.close()
 
+    @property
+    def done(self) -> int:
+        """Tokens of the last report."""
+        return int(self._bar.n)
+
     def __call__(self, progress: Progress) -> None:
         """Take in a report of the engine."""
         text = f"{format_seconds(progress.elapsed)} elapsed"
@@ -75,11 +80,13 @@ class PrefillBar:
 
 def closing_line(metrics: RequestMetrics) -> str:
     """Tokens, time to first token, speeds and peak memory of a request."""
+    recall = "" if metrics.recall is None else f", recall {metrics.recall:.3f}"
+    sparse = f", sparse{recall}" if metrics.sparse else ""
     cached = f" ({metrics.cached_tokens:,} cached)" if metrics.cached_tokens else ""
     parts = [
         f"prompt {metrics.prompt_tokens:,} tokens{cached}"
         f" in {format_seconds(metrics.prefill_seconds)}"
-        f" ({metrics.prefill_tokens_per_second:,.0f} tok/s)",
+        f" ({metrics.prefill_tokens_per_second:,.0f} tok/s{sparse})",
         f"TTFT {format_seconds(metrics.time_to_first_token)}",
         f"output {metrics.output_tokens:,} tokens"
         + (f" ({metrics.decode_tokens_per_second:,.1f} tok/s)" if metrics.decode_seconds else ""),

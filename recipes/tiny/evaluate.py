@@ -7,6 +7,9 @@ By default every sample has a haystack of its own. With `--questions N`, N of th
 haystack are asked, and the haystack is prefilled once: cheaper, but the N samples are not
 independent. (All prompts of one haystack have the same length and so the same attention
 temperature: the shared cache changes nothing but the rounding.)
+
+`--attention sparse` reads the same samples sparsely; samples of both kinds in one result file are
+compared, and those whose answers differ are listed.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from qwen1m_ext.haystack import is_correct, make_sample
 
 MAX_TOKENS = 12  # a space, five digits, a full stop, <|im_end|>, and room for an error
 NUM_BINS = 5
+SAMPLE = ("rope", "length", "keys", "alike", "seed", "asked")  # what a sample is known by
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -37,20 +41,46 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def discordant(records: Iterable[dict[str, Any]]) -> str:
+    """Returns, per length, the samples that were answered differently densely and sparsely."""
+    pairs: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        sample = tuple(record[name] for name in SAMPLE)
+        pairs.setdefault(sample, {})[attention_of(record)] = record
+    lines: list[str] = []
+    for length in sorted({sample[1] for sample in pairs}):
+        both = [p for s, p in sorted(pairs.items()) if s[1] == length and len(p) == 2]
+        different = [p for p in both if p["dense"]["generated"] != p["sparse"]["generated"]]
+        if both:
+            lines.append(f"{length} tokens: {len(different)} of {len(both)} answers differ")
+        for p in different:
+            one = p["dense"]
+            lines.append(
+                f"  seed {one['seed']}/{one['asked']} depth {one['depth']:.2f}: expected "
+                f"{one['answer']}, dense {one['generated']!r}, sparse {p['sparse']['generated']!r}"
+            )
+    return "\n".join(lines)
+
+
+def attention_of(record: dict[str, Any]) -> str:
+    """Returns how the prompt was prefilled; results from before sparse prefill are dense."""
+    return str(record.get("attention", "dense"))
+
+
 def summarise(records: Iterable[dict[str, Any]]) -> str:
     """Returns a table of correct / all samples for each length and depth of the needle."""
-    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, int, str], list[dict[str, Any]]] = {}
     for record in records:
         keys = f"{record['keys']} alike" if record["alike"] else f"{record['keys']}"
-        name = (record["rope"], record["length"], keys)
+        name = (record["rope"], attention_of(record), record["length"], keys)
         groups.setdefault(name, []).append(record)
     width = 100 // NUM_BINS
     bins = " | ".join(f"{i * width}-{(i + 1) * width} %" for i in range(NUM_BINS))
     lines = [
-        f"| rope | length | keys | correct | accuracy | {bins} | s/sample |",
-        "|" + "---|" * (NUM_BINS + 6),
+        f"| rope | attention | length | keys | correct | accuracy | {bins} | s/sample |",
+        "|" + "---|" * (NUM_BINS + 7),
     ]
-    for (rope, length, keys), group in sorted(groups.items()):
+    for (rope, attention, length, keys), group in sorted(groups.items()):
         cells = []
         for i in range(NUM_BINS):
             inside = [r for r in group if min(int(r["depth"] * NUM_BINS), NUM_BINS - 1) == i]
@@ -58,8 +88,9 @@ def summarise(records: Iterable[dict[str, Any]]) -> str:
         correct = sum(r["correct"] for r in group)
         seconds = sum(r["seconds"] for r in group) / len(group)
         lines.append(
-            f"| {rope} | {length} | {keys} | {correct}/{len(group)} | {correct / len(group):.3f} "
-            f"| {' | '.join(cells)} | {seconds:.1f} |"
+            f"| {rope} | {attention} | {length} | {keys} "
+            f"| {correct}/{len(group)} | {correct / len(group):.3f} | {' | '.join(cells)} "
+            f"| {seconds:.1f} |"
         )
     return "\n".join(lines)
 
@@ -75,13 +106,14 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1, help="keys asked of each haystack")
     parser.add_argument("--alike", action="store_true", help="keys may begin alike: harder")
     parser.add_argument("--rope", choices=("dca", "plain"), default="dca")
+    parser.add_argument("--attention", choices=("dense", "sparse"), default="dense")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path("results.jsonl"))
     args = parser.parse_args()
 
     lengths = [int(length) for length in args.lengths.split(",")]
     done = {
-        (r["rope"], r["length"], r["keys"], r["alike"], r["seed"], r["asked"])
+        (r["rope"], attention_of(r), r["length"], r["keys"], r["alike"], r["seed"], r["asked"])
         for r in read(args.out)
     }
     wanted = [
@@ -89,11 +121,12 @@ def main() -> None:
         for length in lengths
         for i in range(args.samples)
     ]
-    todo = [w for w in wanted if (args.rope, w[0], args.keys, args.alike, *w[1:]) not in done]
+    kind = (args.rope, args.attention)
+    todo = [w for w in wanted if (*kind, w[0], args.keys, args.alike, *w[1:]) not in done]
     if todo:
         llm = LLM(
             str(args.model), dtype=args.dtype, max_model_len=max(lengths) + MAX_TOKENS,
-            rope=args.rope,
+            rope=args.rope, attention=args.attention,
         )  # fmt: skip
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
         session = llm.open_session()
@@ -104,8 +137,8 @@ def main() -> None:
         *_, output = llm.stream(sample.prompt, params, session=session)
         text = output.outputs[0].text
         record = {
-            "rope": args.rope, "length": length, "keys": args.keys, "seed": seed,
-            "alike": args.alike,
+            "rope": args.rope, "attention": args.attention, "length": length, "keys": args.keys,
+            "seed": seed, "alike": args.alike, "recall": output.metrics.recall,
             "asked": asked, "depth": round(sample.depth, 4), "question": sample.question,
             "answer": sample.answer, "generated": text, "correct": is_correct(text, sample),
             "seconds": round(time.monotonic() - start, 2),
@@ -117,6 +150,7 @@ def main() -> None:
             f"{length} seed {seed}/{asked} depth {sample.depth:.2f}: {verdict} {text!r}", flush=True
         )
     print(summarise(read(args.out)))
+    print(discordant(read(args.out)))
 
 
 if __name__ == "__main__":

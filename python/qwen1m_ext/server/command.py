@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "device": args.device,
         "rope": args.rope,
+        "attention": args.attention,
+        "sparse_config": args.sparse_config,
         "max_model_len": args.max_model_len,
         "prefill_chunk_tokens": args.prefill_chunk_tokens,
         "max_num_seqs": args.max_num_seqs,

@@ -39,6 +39,7 @@ def router(service: Service) -> APIRouter:
             "local_size": dual_chunk.local_size,
             "original_max_position_embeddings": dual_chunk.original_max_position_embeddings,
         }  # fmt: skip
+        attention["prefill"] = engine.policy.describe()
         return {
             "id": service.settings.served_name,
             "object": "model",

@@ -16,7 +16,7 @@ from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody
 _PLAIN = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "stop", "min_tokens", "stop_token_ids", "ignore_eos",
-    "skip_special_tokens", "include_stop_str_in_output",
+    "skip_special_tokens", "include_stop_str_in_output", "attention",
 )  # fmt: skip
 
 

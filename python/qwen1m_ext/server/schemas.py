@@ -80,6 +80,7 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = None
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] = 0
     # this server's
+    attention: Literal["auto", "dense", "sparse"] | None = None  # of the prompt's prefill
     session: str | None = None  # an open session: its cache is used and extended
     pin: bool = False  # keep the prompt's pages in the prefix cache
     return_progress: bool = False  # chunks with `prompt_progress` while the prompt is read
