@@ -7,8 +7,10 @@ under a dispatch mode that sees every op, and with the ways from a tensor to a P
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,39 @@ def test_the_recorder_sees_what_it_is_for(step: Step, monkeypatch: pytest.Monkey
     with recorded(monkeypatch) as recorder:
         torch.nonzero(batch.positions)
     assert recorder.problems == ["aten.nonzero waits", "aten.nonzero allocates"]
+
+
+def without_values(value: Any) -> Any:
+    """The same object with tensors that have shapes only ("meta")."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_values(one) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{name: without_values(one) for name, one in vars(value).items()})
+    return value
+
+
+def stripped(value: Any, *names: str) -> Any:
+    """A copy of an object of which some attributes have no values."""
+    value = copy.copy(value)
+    for name in names:
+        setattr(value, name, without_values(getattr(value, name)))
+    return value
+
+
+def test_no_value_is_needed_on_the_host(step: Step) -> None:
+    """The step runs on tensors without values: no length, no token, no page is looked at."""
+    with torch.inference_mode():
+        batch = step.plan()
+        empty = stripped(step, "token_ids", "history", "hidden", "logits", "rotary")
+        empty.settings = {name: without_values(value) for name, value in step.settings.items()}
+        empty.model = stripped(step.model, "weights")
+        buffers = [n for n, v in vars(step.model.workspace).items() if isinstance(v, Tensor)]
+        empty.model.workspace = stripped(step.model.workspace, *buffers)
+        planned = stripped(batch, "positions", "_slots", "_every_row", "_rotary")
+        planned._cache = stripped(step.cache, "k", "v", "block_table")
+        empty.run(planned)
+        assert empty.logits.device.type == "meta"
+        with pytest.raises((RuntimeError, NotImplementedError)):  # what reads a value fails
+            empty.model.forward(empty.token_ids, planned, torch.zeros(1, device="meta").long())

@@ -230,6 +230,7 @@ def test_rows_and_logprobs_may_be_absent(device: str) -> None:
         (dict(logits=lambda t: t[:, :1].expand(3, 2**19 + 1).contiguous()), ("vocab", "524289")),
         (dict(token_ids=lambda t: t.int()), ("token_ids", "int64", "int32")),
         (dict(token_ids=lambda t: t[:2]), ("token_ids", "3", "2")),
+        (dict(token_ids=lambda t: t[:1].expand(3)), ("token_ids", "overlap")),
         (dict(logprobs=lambda t: t[:2]), ("logprobs", "3", "2")),
         (dict(history=lambda t: t.long()), ("history", "int32", "int64")),
         (dict(history=lambda t: t[:, :23]), ("history", "24", "23")),

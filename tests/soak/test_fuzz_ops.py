@@ -39,6 +39,26 @@ def good_arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
         }
     if op == "swiglu":
         return {"out": torch.empty_like(rows), "gate_up": torch.randn(TOKENS, 48, dtype=dtype)}
+    if op == "embedding":
+        return {
+            "out": torch.empty_like(rows),
+            "weight": rows,
+            "token_ids": integers([4, 0, 0, 3, 1]),
+        }
+    if op == "sample":
+        return {
+            "token_ids": integers([0] * TOKENS),
+            "logprobs": torch.empty(TOKENS),
+            "history": torch.zeros(TOKENS, 24, dtype=torch.int32),
+            "logits": rows,
+            "temperature": torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0]),
+            "top_k": integers([0, 3, 5, -1, 100]),
+            "top_p": torch.tensor([1.0, 0.5, 0.9, 0.2, 1.0]),
+            "min_p": torch.tensor([0.0, 0.0, 0.1, 0.0, 1.0]),
+            "penalties": torch.tensor([[1.1, 0.5, -0.5]]).repeat(TOKENS, 1),
+            "seed": integers([1, 2, 3, 4, 5]),
+            "position": integers([5, 4, 3, 2, 1]),
+        }
     cache = torch.randn(PAGES, KV_HEADS, 128, HEAD_DIM, dtype=dtype)
     q = torch.randn(TOKENS, Q_HEADS, HEAD_DIM, dtype=dtype)
     shared = {"k_cache": cache, "v_cache": cache.clone()}

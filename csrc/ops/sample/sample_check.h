@@ -19,7 +19,11 @@ inline void check_sample_layout(const SampleParams& p) {
   args.require(vocab >= 1 && vocab <= kMaxSampleVocab, "logits",
                "vocab from 1 to " + std::to_string(kMaxSampleVocab), vocab);
   args.shape("token_ids", p.token_ids, {"batch"});
-  if (p.logprobs) args.shape("logprobs", p.logprobs, {"batch"});
+  args.separate_rows("token_ids", p.token_ids);
+  if (p.logprobs) {
+    args.shape("logprobs", p.logprobs, {"batch"});
+    args.separate_rows("logprobs", p.logprobs);
+  }
   if (p.history) {
     args.shape("history", p.history, {"batch", "vocab"});
     args.dense_from(1, "history", p.history);

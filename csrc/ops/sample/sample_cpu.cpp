@@ -135,7 +135,9 @@ void sample_row(const SampleParams& p, int64_t b) {
   const int64_t id = id_of(token);
   *p.token_ids.at(b) = id;
   if (p.logprobs) *p.logprobs.at(b) = load(logits + id) - log_sum(logits, vocab);
-  if (history != nullptr) history[id] += 2;
+  // Unsigned: whatever the caller has there, nothing is undefined.
+  if (history != nullptr)
+    history[id] = static_cast<int32_t>(static_cast<uint32_t>(history[id]) + 2);
 }
 
 }  // namespace
