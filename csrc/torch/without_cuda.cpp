@@ -58,9 +58,15 @@ STABLE_TORCH_LIBRARY_IMPL(qwen1m, CUDA, m) {
 #ifndef Q1M_CUDA_DECODE_ATTENTION
   Q1M_WITHOUT_CUDA(decode_attention);
 #endif
+#ifndef Q1M_CUDA_SPARSE_ESTIMATE
   Q1M_WITHOUT_CUDA(sparse_estimate);
+#endif
+#ifndef Q1M_CUDA_SPARSE_PLAN
   Q1M_WITHOUT_CUDA(sparse_plan);
+#endif
+#ifndef Q1M_CUDA_SPARSE_PREFILL
   Q1M_WITHOUT_CUDA(sparse_prefill);
+#endif
 }
 
 }  // namespace

@@ -38,8 +38,9 @@ struct SparsePrefillParams {
   TensorView<const int32_t, 2> vertical_count;  // [q_heads, 3]
   TensorView<const int32_t, 4> runs;            // [q_heads, 3, capacity, 2], contiguous
   TensorView<const int32_t, 2> run_count;       // [q_heads, 3]
-  /// [2, q_heads, capacity of verticals, D] as out, contiguous: where a GPU gathers the keys and
-  /// values of the verticals. May be null on the CPU, which gathers per tile.
+  /// [2, q_heads, capacity of verticals + 1, D] as out, contiguous: where a GPU gathers the keys
+  /// and values of the verticals, a row more than those for its own notes. Written. May be null on
+  /// the CPU, which gathers per tile.
   AnyView<4> scratch;
   int64_t q_begin = 0;  // token of row 0; rows are tokens q_begin .. within the segment
   int64_t segment_begin = 0, segment_end = 0;  // inside one DCA chunk

@@ -286,7 +286,8 @@ def sparse_prefill(
     """`prefill_attention` of one segment's rows from q_begin on, over the keys of a plan.
 
     q and out: [tokens, q_heads, D]; lse: [tokens, q_heads]; block_table: [1, pages]; logit_scale:
-    [1]; the lists are those of `sparse_plan`; scratch (GPU only): [2, q_heads, capacity, D].
+    [1]; the lists are those of `sparse_plan`; scratch (GPU only, written): [2, q_heads, capacity of
+    verticals + 1, D].
     """
     _ops.sparse_prefill(
         out, lse, q, k_cache, v_cache, block_table, logit_scale, rope_table, verticals,

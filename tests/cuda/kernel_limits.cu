@@ -9,6 +9,10 @@
 #include "ops/qkv_rope_append/qkv_rope_append_kernel.cuh"
 #include "ops/rms_norm/rms_norm_kernel.cuh"
 #include "ops/sample/sample_kernel.cuh"
+#include "ops/sparse_estimate/sparse_estimate_sm80.cuh"
+#include "ops/sparse_prefill/sparse_prefill_gather.cuh"
+#include "ops/sparse_prefill/sparse_prefill_sm80.cuh"
+#include "ops/sparse_prefill/sparse_prefill_sm90.cuh"
 #include "ops/swiglu/swiglu_kernel.cuh"
 
 using namespace qwen1m;
@@ -46,3 +50,15 @@ static_assert(fits<DecodeAttentionSm80<128, 2>, 74752, 2, kSm80>(),
               "decode_attention_sm80_d128_r32");
 static_assert(fits<DecodeAttentionSm80<64, 1>, 68608, 2, kSm80>(), "decode_attention_sm80_d64_r16");
 static_assert(fits<DecodeAttentionSm80<64, 2>, 70656, 2, kSm80>(), "decode_attention_sm80_d64_r32");
+static_assert(fits<SparsePrefillSm90<128>, 232448, 1, kSm90>(), "sparse_prefill_sm90_d128");
+static_assert(fits<SparsePrefillSm90<64>, 218112, 1, kSm90>(), "sparse_prefill_sm90_d64");
+static_assert(fits<SparsePrefillSm80<128>, 66560, 2, kSm80>(), "sparse_prefill_sm80_d128");
+static_assert(fits<SparsePrefillSm80<64>, 33792, 2, kSm80>(), "sparse_prefill_sm80_d64");
+static_assert(fits<SparseGather, 1024, 8, kSm80>(), "sparse_prefill_gather");
+static_assert(fits<EstimateStatisticsSm80<128>, 81920, 1, kSm80>(),
+              "sparse_estimate_statistics_d128");
+static_assert(fits<EstimateStatisticsSm80<64>, 40960, 2, kSm80>(),
+              "sparse_estimate_statistics_d64");
+static_assert(fits<EstimateSumsSm80<128>, 91136, 1, kSm80>(), "sparse_estimate_sums_d128");
+static_assert(fits<EstimateSumsSm80<64>, 50176, 2, kSm80>(), "sparse_estimate_sums_d64");
+static_assert(fits<EstimateCombine, 1024, 2, kSm80>(), "sparse_estimate_combine");

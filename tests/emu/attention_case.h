@@ -60,6 +60,12 @@ struct Sequence {
 
   /// The definition, float64. Keys are taken as they lie in the cache.
   void reference(int64_t row, int64_t head, std::vector<double>& out, double& lse) const {
+    reference(row, head, out, lse, [](int64_t /*key*/) { return true; });
+  }
+  /// The same over the keys for which attends(key); without any, out is 0 and lse -inf.
+  template <typename Attends>
+  void reference(int64_t row, int64_t head, std::vector<double>& out, double& lse,
+                 const Attends& attends) const {
     const int64_t token = kv_len - rows + row, half = dim / 2;
     std::vector<double> logits;
     for (int64_t j = 0; j <= token; ++j) {
@@ -76,11 +82,13 @@ struct Sequence {
         const double x = float(query[i]), y = float(query[i + half]);
         sum += (x * c - y * s) * float(key[i]) + (y * c + x * s) * float(key[i + half]);
       }
-      logits.push_back(sum * logit_scale);
+      logits.push_back(attends(j) ? sum * logit_scale : -std::numeric_limits<double>::infinity());
     }
     const double m = *std::max_element(logits.begin(), logits.end());
     double l = 0;
     std::fill(out.begin(), out.end(), 0.0);
+    lse = m;
+    if (std::isinf(m)) return;
     for (int64_t j = 0; j <= token; ++j) {
       const double p = std::exp(logits[static_cast<size_t>(j)] - m);
       l += p;

@@ -44,7 +44,7 @@ class Mutant:
         head_dim: 128 or 64.
         every_push: Part of `make test`; the others run in `make soak`.
         count: How often `old` occurs.
-        op: Whose kernel it is, "prefill" or "decode": the driver that runs it.
+        op: Whose kernel it is, "prefill", "decode" or "sparse": the driver that runs it.
     """
 
     name: str
@@ -198,7 +198,7 @@ MUTANTS = (
     _mutant("a shuffle without all lanes", ROWS, "      l[h] += arch::shuffle_xor(l[h], 1);\n",
             "      if (arch::lane_index() < 31) l[h] += arch::shuffle_xor(l[h], 1);\n",
             "divergence", DEADLOCK),
-    _mutant("more registers than the block has", TILE90, "registers_increase<232>", "registers_increase<240>",
+    _mutant("more registers than the block has", TILE90, "(3 * 168 - kProducerRegisters) / 2", "240",
             DEADLOCK),
     # --- Memory --------------------------------------------------------------------------------
     _mutant("lse of rows that are not there", ROWS, " && tile.has_row(row + 8 * h)) {", ") {",
@@ -248,9 +248,9 @@ MUTANTS = (
             "true);", NUMBERS),
     _mutant("sm_80: values not transposed", TILE80, "arch::ldmatrix_x4_transposed(r, v", "arch::ldmatrix_x4(r, v",
             NUMBERS, every_push=True),
-    _mutant("sm_80: the tile is read before it is put aside", SM80,
-            "      arch::shared_store(Q1M_SHARED_MEMBER(to, row), tile.row);\n    }\n    arch::block_sync();\n",
-            "      arch::shared_store(Q1M_SHARED_MEMBER(to, row), tile.row);\n    }\n",
+    _mutant("sm_80: the tile is read before it is put aside", TILE80,
+            "      arch::shared_store(Q1M_SHARED_MEMBER(to, first_row), tile.first_row);\n    }\n    arch::block_sync();\n",
+            "      arch::shared_store(Q1M_SHARED_MEMBER(to, first_row), tile.first_row);\n    }\n",
             RAW, "uninitialised"),
     _mutant("sm_80: swapped key fragments", TILE80, "{r[0], r[1]});\n          arch::mma_m16n8k16(quad(s[half], j + 1)",
             "{r[1], r[0]});\n          arch::mma_m16n8k16(quad(s[half], j + 1)", NUMBERS),

@@ -16,12 +16,13 @@ import pytest
 
 from emu.decode_mutants import DECODE_MUTANTS
 from emu.mutants import MUTANTS, NUMBERS, Mutant
+from emu.sparse_mutants import SPARSE_MUTANTS
 from lib.emulator import ROOT, library_path
 
 CSRC = ROOT / "csrc"
 DRIVERS = ROOT / "tests" / "emu"
-ALL = (*MUTANTS, *DECODE_MUTANTS)
-SEEDS = {"prefill": 20, "decode": 6}  # of the unbroken kernels
+ALL = (*MUTANTS, *DECODE_MUTANTS, *SPARSE_MUTANTS)
+SEEDS = {"prefill": 20, "decode": 6, "sparse": 2}  # of the unbroken kernels
 # The drivers' logits are three times as large as those of unit variance, for which the budgets of
 # docs/numerics.md (attention/bf16_products: 6e-3 + 2^-8 of the value, lse 8e-3) are made.
 MAX_ERROR, MAX_LSE_ERROR = 3 * 6e-3, 3 * 8e-3

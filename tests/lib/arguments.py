@@ -186,11 +186,16 @@ def _sparse_prefill() -> dict[str, Any]:
 
 def _for_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an attention with D = 64 in bf16, which the GPU kernels take."""
-    shapes = {name: (*arguments[name].shape[:-1], 64) for name in ("q", "k_cache", "v_cache")}
-    wide = {name: tensor(seed, *shapes[name]) for seed, name in enumerate(shapes, 1)}
-    wide["out"] = torch.zeros_like(wide["q"])
-    table = rope_table(THETA, 64, 49).float()
-    return arguments | {name: x.bfloat16() for name, x in wide.items()} | dict(rope_table=table)
+    names = [name for name in ("q", "k_cache", "v_cache") if name in arguments]
+    shapes = {name: (*arguments[name].shape[:-1], 64) for name in names}
+    wide = {name: tensor(seed, *shapes[name]).bfloat16() for seed, name in enumerate(names, 1)}
+    if "out" in arguments:
+        wide["out"] = torch.zeros_like(wide["q"])
+    if "verticals" in arguments:
+        heads, capacity = arguments["verticals"].shape
+        wide["scratch"] = torch.zeros(2, heads, capacity + 1, 64).bfloat16()
+    table = rope_table(THETA, 64, len(arguments["rope_table"])).float()
+    return arguments | wide | dict(rope_table=table)
 
 
 _ALL = {
@@ -207,6 +212,9 @@ _ALL = {
 }
 
 
+_ATTENTION = ("prefill_attention", "decode_attention", "sparse_estimate", "sparse_prefill")
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -215,7 +223,7 @@ def good_arguments(op: str, device: str = "cpu") -> dict[str, Any]:
     """Fresh keyword arguments of an op, finite and within every rule (of its kernels there)."""
     on_gpu = device.startswith(("emu", "cuda"))
     arguments = _ALL[op]()
-    if on_gpu and op in ("prefill_attention", "decode_attention"):
+    if on_gpu and op in _ATTENTION:
         arguments = _for_gpu(arguments)
     if on_gpu and op in ("rms_norm", "swiglu", "qkv_rope_append"):
         arguments = {

@@ -27,6 +27,8 @@ OPS = {
     "qkv_rope_append": ["emu_sm80"],
     "rms_norm": ["emu_sm80"],
     "sample": ["emu_sm80"],
+    "sparse_estimate": ["emu_sm80"],
+    "sparse_prefill": ["emu_sm90", "emu_sm80"],
     "swiglu": ["emu_sm80"],
 }
 """Operators with kernels that can be emulated; an sm_80 kernel alone serves sm_90 too."""

@@ -24,6 +24,7 @@ OF_THE_CPU = {
         "test_a_chunk_that_never_ends_is_plain_rope": "float32 inputs",
         "test_threads_do_not_change_bits": "no threads to vary",
     },
+    "sparse_estimate": {"test_a_diagonal_is_an_offset": "float32 inputs of head_dim 16"},
 }
 REFUSALS = {
     "test_refuses": "the refusals of the CPU backend",
@@ -34,6 +35,18 @@ def _attention(inputs: Case, _: Any) -> str | None:
     if inputs.get("head_dim", 64) not in (64, 128):
         return f"head_dim 64 and 128, not {inputs['head_dim']}"
     return _multiple("rows", inputs.get("row_pad", 0), 8)
+
+
+def _sparse_estimate(inputs: Case, _: Any) -> str | None:
+    if inputs.get("rows", 0) > 64:
+        return f"at most 64 rows, not {inputs['rows']}"
+    return _attention(inputs, _)
+
+
+def _sparse_prefill(inputs: Case, _: Any) -> str | None:
+    if (tile := inputs.get("tile_tokens", 128)) not in (64, 128, 256):
+        return f"tiles of 64, 128 and 256 tokens, not {tile}"
+    return _attention(inputs, _)
 
 
 def _multiple(what: str, size: int, of: int) -> str | None:
@@ -76,6 +89,8 @@ DEMANDS: dict[str, Callable[[Case, Any], str | None]] = {
     "qkv_rope_append": _qkv_rope_append,
     "rms_norm": _rms_norm,
     "sample": _sample,
+    "sparse_estimate": _sparse_estimate,
+    "sparse_prefill": _sparse_prefill,
     "swiglu": _swiglu,
 }
 """What a kernel has instead of a case's shape, if it cannot take that."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lib import generator
 from lib.cases import AttentionInputs, Case, attention_inputs
+from lib.emulator import operator, torch_device
 from qwen1m_ext import ops
 from reference import sparse as reference
 
@@ -154,21 +155,31 @@ def run_sparse(
     tile_tokens: int,
     rows: tuple[int, int] | None = None,
     exact: bool = False,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Call sparse_prefill for rows [begin, end) of a segment (default: all); (out, lse).
 
     `out` has the strides of q, so its gaps are known NaN.
     """
+    where = torch_device(device)
     begin, end = segment
     first, last = rows or segment
-    q = inputs.q[first - begin : last - begin]
-    out = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype)
-    torch.empty(0, dtype=q.dtype).set_(out.untyped_storage()).fill_(float("nan"))
-    lse = torch.full(q.shape[:2], float("nan"))
+    q = inputs.q.to(where)[first - begin : last - begin]
+    out = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=where)
+    torch.empty(0, dtype=q.dtype, device=where).set_(out.untyped_storage()).fill_(float("nan"))
+    lse = torch.full(q.shape[:2], float("nan"), device=where)
+    scratch = None
+    if device != "cpu":  # poisoned: only what the op writes there may be read
+        heads, capacity = plan.verticals.shape
+        shape = (2, heads, capacity + 1, q.shape[-1])
+        scratch = torch.full(shape, float("nan"), dtype=q.dtype, device=where)
     cache = inputs.cache
-    ops.sparse_prefill(
-        out, lse, q, cache.k_cache, cache.v_cache, cache.block_table, inputs.logit_scale,
-        inputs.rope_table, *plan.tensors(), None, first, begin, end, inputs.chunk_size,
-        inputs.local_size, tile_tokens, exact,
+    tensors = (
+        cache.k_cache, cache.v_cache, cache.block_table, inputs.logit_scale, inputs.rope_table,
+        *plan.tensors(),
+    )  # fmt: skip
+    operator("sparse_prefill", device)(
+        out, lse, q, *(x.to(where) for x in tensors), scratch, first, begin, end,
+        inputs.chunk_size, inputs.local_size, tile_tokens, exact,
     )  # fmt: skip
     return out, lse

@@ -10,6 +10,7 @@ from lib.arguments import good_arguments
 from lib.cases import DTYPES, THETA, AttentionInputs, Case, arithmetic_of, attention_inputs, cases
 from lib.cases import case as case_of
 from lib.compare import assert_close, assert_same_bits
+from lib.emulator import operator, torch_device
 from lib.refuse import refuses
 from lib.threads import threads
 from qwen1m_ext import ops
@@ -26,14 +27,17 @@ def estimate_inputs(case: Case, dtype: torch.dtype) -> AttentionInputs:
     return inputs
 
 
-def run(inputs: AttentionInputs, critical: bool) -> tuple[Tensor, Tensor]:
+def run(inputs: AttentionInputs, critical: bool, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Call the op into poisoned tensors with gaps; (vertical, slash)."""
-    end, heads = len(inputs.k[0]), inputs.q.shape[1]
-    vertical, slash = (torch.full((heads, end + 3), float("nan")) for _ in range(2))
+    end, heads, where = len(inputs.k[0]), inputs.q.shape[1], torch_device(device)
+    vertical, slash = (torch.full((heads, end + 3), float("nan"), device=where) for _ in range(2))
     cache = inputs.cache
-    ops.sparse_estimate(
-        vertical[:, :end], slash[:, :end], inputs.q, cache.k_cache, cache.block_table,
-        inputs.logit_scale, inputs.rope_table, end, inputs.chunk_size, inputs.local_size, critical,
+    tensors = (
+        inputs.q, cache.k_cache, cache.block_table, inputs.logit_scale, inputs.rope_table
+    )  # fmt: skip
+    operator("sparse_estimate", device)(
+        vertical[:, :end], slash[:, :end], *(x.to(where) for x in tensors), end,
+        inputs.chunk_size, inputs.local_size, critical,
     )  # fmt: skip
     assert vertical[:, end:].isnan().all() and slash[:, end:].isnan().all()
     return vertical[:, :end], slash[:, :end]
@@ -43,15 +47,15 @@ def run(inputs: AttentionInputs, critical: bool) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("critical", [True, False], ids=["critical", "clamped"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", cases("sparse_estimate"))
-def test_matches_definition(case: Case, dtype: str, critical: bool) -> None:
+def test_matches_definition(case: Case, dtype: str, critical: bool, device: str) -> None:
     """Pages, pieces, stages, few rows and many, over a NaN-poisoned cache."""
     inputs = estimate_inputs(case, DTYPES[dtype])
-    vertical, slash = run(inputs, critical)
+    vertical, slash = (x.cpu() for x in run(inputs, critical, device))
     expected = reference.estimate(
         inputs.q, inputs.k[0], inputs.logit_scale[0].item(), inputs.rope_table, inputs.chunk_size,
         inputs.local_size, critical,
     )  # fmt: skip
-    budget, factor = f"estimate/{arithmetic_of(dtype, 'cpu')}", max(1.0, case["logit_factor"])
+    budget, factor = f"estimate/{arithmetic_of(dtype, device)}", max(1.0, case["logit_factor"])
     assert_close(vertical, expected[0], budget, "vertical", factor)
     assert_close(slash, expected[1], budget, "slash", factor)
     # Every row's probabilities are in there once.

@@ -242,7 +242,8 @@ void check_layout(ArgCheck& args, const SparsePrefillParams& p) {
   args.dense_from(0, "verticals", p.verticals);
   args.dense_from(0, "runs", p.runs);
   if (p.scratch) {
-    args.shape("scratch", p.scratch, {2, "q_heads", "vertical capacity", "D"});
+    args.shape("scratch", p.scratch,
+               {2, "q_heads", {"vertical capacity + 1", args.size("vertical capacity") + 1}, "D"});
     args.same_dtype("scratch", p.scratch, "q", p.q);
     args.dense_from(0, "scratch", p.scratch);
   }

@@ -25,11 +25,17 @@ struct PrefillTile {
   Q1M_HOST_DEVICE int32_t last_token() const { return first_token + num_tokens - 1; }
 };
 
-/// Position that the query of a token is rotated to in a stage of the walk.
+/// Position that the query of a token is rotated to in a stage: 0 inter, 1 successive, 2 intra
+/// keys.
 Q1M_HOST_DEVICE int64_t query_position(const DualChunk& chunks, int stage, int64_t token) {
   return stage == 0   ? chunks.inter_position()
          : stage == 1 ? chunks.successive_position(token)
                       : chunks.intra_position(token);
+}
+/// The same for the arguments of an op; one with positions of its own has an overload.
+template <typename Params>
+Q1M_HOST_DEVICE int64_t query_position(const Params& p, int stage, int64_t token) {
+  return query_position(p.dual_chunk, stage, token);
 }
 
 }  // namespace qwen1m

@@ -40,10 +40,10 @@ Q1M_DEVICE void rotate_pair(const arch::Vec16& cs, uint32_t& low, uint32_t& high
 /// Rotates queries [first_row, first_row + num_rows) of the tile to a stage's position, in fp32
 /// with one rounding, by `num_threads` threads of which this is number `thread`. Rows that are not
 /// there become zero. The caller orders the writes before the reads.
-template <int kHeadDim, typename Params>
+template <int kHeadDim, int kTileRows, typename Params>
 Q1M_DEVICE void rotate_queries(const Params& p, const PrefillTile& tile, int stage,
-                               RowTile<kHeadDim> to, int first_row, int num_rows, int thread,
-                               int num_threads) {
+                               RowTile<kHeadDim, kTileRows> to, int first_row, int num_rows,
+                               int thread, int num_threads) {
   constexpr int kChunks = kHeadDim / 16;  // of 8 dims, in one half of a row
   const auto q = p.q.template as<const bf16>();
   Q1M_NO_UNROLL
@@ -54,7 +54,7 @@ Q1M_DEVICE void rotate_queries(const Params& p, const PrefillTile& tile, int sta
       const bf16* from = q.at(tile.row + row, tile.q_head, chunk * 8);
       low = arch::global_load(reinterpret_cast<const arch::Vec16*>(from));
       high = arch::global_load(reinterpret_cast<const arch::Vec16*>(from + kHeadDim / 2));
-      const int64_t position = query_position(p.dual_chunk, stage, int64_t{tile.first_token} + row);
+      const int64_t position = query_position(p, stage, int64_t{tile.first_token} + row);
       const float* table = p.rope_table.at(position, chunk * 8);  // (cos, sin) pairs
       Q1M_UNROLL
       for (int w = 0; w < 4; ++w) {

@@ -24,6 +24,31 @@ struct AttentionTileSm80 {
   using Queries = RowTile<D>;
   using Keys = RowTile<D, kKeys>;
 
+  // --- The tile ------------------------------------------------------------------------------
+  /// What of the tile is needed at the borders of its key ranges and at the end only waits in
+  /// shared memory: at D = 128 its registers would spill.
+  static Q1M_DEVICE void put_aside(const PrefillTile& tile, arch::Shared<PrefillTile> to) {
+    if (arch::thread_index() == 0) {
+      arch::shared_store(Q1M_SHARED_MEMBER(to, batch), tile.batch);
+      arch::shared_store(Q1M_SHARED_MEMBER(to, q_head), tile.q_head);
+      arch::shared_store(Q1M_SHARED_MEMBER(to, kv_head), tile.kv_head);
+      arch::shared_store(Q1M_SHARED_MEMBER(to, first_token), tile.first_token);
+      arch::shared_store(Q1M_SHARED_MEMBER(to, num_tokens), tile.num_tokens);
+      arch::shared_store(Q1M_SHARED_MEMBER(to, row), tile.row);
+      arch::shared_store(Q1M_SHARED_MEMBER(to, first_row), tile.first_row);
+    }
+    arch::block_sync();
+  }
+  static Q1M_DEVICE PrefillTile whole(arch::Shared<PrefillTile> from) {
+    return {.batch = arch::shared_load(Q1M_SHARED_MEMBER(from, batch)),
+            .q_head = arch::shared_load(Q1M_SHARED_MEMBER(from, q_head)),
+            .kv_head = arch::shared_load(Q1M_SHARED_MEMBER(from, kv_head)),
+            .first_token = arch::shared_load(Q1M_SHARED_MEMBER(from, first_token)),
+            .num_tokens = arch::shared_load(Q1M_SHARED_MEMBER(from, num_tokens)),
+            .row = arch::shared_load(Q1M_SHARED_MEMBER(from, row)),
+            .first_row = arch::shared_load(Q1M_SHARED_MEMBER(from, first_row))};
+  }
+
   // --- Products ------------------------------------------------------------------------------
   /// Four accumulators of one mma.sync among those of a thread.
   template <int kCount>

@@ -21,7 +21,7 @@
 
 namespace qwen1m {
 
-template <int kHeadDim, int kRingStages>
+template <int kHeadDim, int kRingStages, int kRegistersOfProducer = 40>
 struct AttentionTileSm90 {
   // --- Config --------------------------------------------------------------------------------
   static constexpr int D = kHeadDim;
@@ -30,6 +30,9 @@ struct AttentionTileSm90 {
   static constexpr int kStages = kRingStages;
   static constexpr int kThreads = 384;
   static constexpr int kConsumerThreads = 256;
+  /// Of a thread. A block of 384 is launched with 168 each.
+  static constexpr int kProducerRegisters = kRegistersOfProducer;
+  static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / 2;
   static constexpr uint32_t kPanelBytes = kKeys * 128;  // 64 dims: the width of the swizzle
   static constexpr uint32_t kBlockBytes = kKeys * D * 2;
   static_assert(D == 64 || D == 128, "one or two swizzle panels; P V has N = D columns");
@@ -82,8 +85,8 @@ struct AttentionTileSm90 {
   template <typename Params>
   static Q1M_DEVICE void load_queries(const Params& p, const PrefillTile& tile, SharedSmem smem,
                                       int stage, int group) {
-    rotate_queries<D>(p, tile, stage, {Q1M_SHARED_MEMBER(smem, q)}, group * kRows, kRows,
-                      arch::thread_index() % 128, 128);
+    rotate_queries(p, tile, stage, RowTile<D>{Q1M_SHARED_MEMBER(smem, q)}, group * kRows, kRows,
+                   arch::thread_index() % 128, 128);
     arch::fence_proxy_async();
   }
 
@@ -145,7 +148,7 @@ struct AttentionTileSm90 {
   template <typename Params, typename Keys>
   static Q1M_DEVICE void consume(const Params& p, const PrefillTile& tile, SharedSmem smem,
                                  float logit_scale, Keys keys) {
-    arch::registers_increase<232>();
+    arch::registers_increase<kConsumerRegisters>();
     const int warp = arch::warp_index() - 4, group = warp / 4, lane = arch::lane_index();
     const int row = warp * 16 + lane / 4;  // of the tile; this thread has row + 8 too
     const int first_token = tile.first_token + group * kRows;  // of the warpgroup

@@ -67,27 +67,6 @@ struct PrefillAttentionSm80 {
   }
 
   // --- Consume -------------------------------------------------------------------------------
-  /// What of the tile is needed at the borders of its key ranges and at the end only waits in
-  /// shared memory: at D = 128 its registers would spill.
-  static Q1M_DEVICE void put_aside(const PrefillTile& tile, SharedSmem smem) {
-    const auto to = Q1M_SHARED_MEMBER(smem, tile);
-    if (arch::thread_index() == 0) {
-      arch::shared_store(Q1M_SHARED_MEMBER(to, batch), tile.batch);
-      arch::shared_store(Q1M_SHARED_MEMBER(to, q_head), tile.q_head);
-      arch::shared_store(Q1M_SHARED_MEMBER(to, num_tokens), tile.num_tokens);
-      arch::shared_store(Q1M_SHARED_MEMBER(to, row), tile.row);
-    }
-    arch::block_sync();
-  }
-  static Q1M_DEVICE PrefillTile whole(PrefillTile tile, SharedSmem smem) {
-    const auto from = Q1M_SHARED_MEMBER(smem, tile);
-    tile.batch = arch::shared_load(Q1M_SHARED_MEMBER(from, batch));
-    tile.q_head = arch::shared_load(Q1M_SHARED_MEMBER(from, q_head));
-    tile.num_tokens = arch::shared_load(Q1M_SHARED_MEMBER(from, num_tokens));
-    tile.row = arch::shared_load(Q1M_SHARED_MEMBER(from, row));
-    return tile;
-  }
-
   static Q1M_DEVICE void attend(const Params& p, const PrefillTile& tile, SharedSmem smem) {
     const Queries q{Q1M_SHARED_MEMBER(smem, q)};
     const Keys k{Q1M_SHARED_MEMBER(smem, k)}, v{Q1M_SHARED_MEMBER(smem, v)};
@@ -103,14 +82,15 @@ struct PrefillAttentionSm80 {
       for (int i = 0; i < D / 2; ++i) o[half][i] = 0;
     }
 
-    put_aside(tile, smem);
+    Tile::put_aside(tile, Q1M_SHARED_MEMBER(smem, tile));
     Walk walk(p.args.dual_chunk, tile);
     int32_t page = find_page(p, smem, walk);
     load_block(p.args.k_cache, tile, walk, page, k);
     for (int stage = -1; !walk.done();) {
       if (walk.stage != stage) {  // between two block barriers, as all uses of the queries are
         stage = walk.stage;
-        rotate_queries<D>(p.args, whole(tile, smem), stage, q, warp_row, kWarpRows, lane, 32);
+        rotate_queries(p.args, Tile::whole(Q1M_SHARED_MEMBER(smem, tile)), stage, q, warp_row,
+                          kWarpRows, lane, 32);
       }
       arch::cp_async_wait<0>();
       arch::block_sync();  // keys are here; the values of the block before are done with
@@ -132,7 +112,7 @@ struct PrefillAttentionSm80 {
       Tile::multiply_pv(o, probabilities, v);
     }
 
-    const PrefillTile all = whole(tile, smem);
+    const PrefillTile all = Tile::whole(Q1M_SHARED_MEMBER(smem, tile));
     const float logit_scale = arch::global_load(p.args.logit_scale.at(all.batch));
     Q1M_UNROLL
     for (int half = 0; half < kHalves; ++half) {

@@ -50,7 +50,7 @@ struct PrefillAttentionSm90 {
   }
 
   static Q1M_DEVICE void produce(const Params& p, const PrefillTile& tile, SharedSmem smem) {
-    arch::registers_decrease<40>();
+    arch::registers_decrease<Tile::kProducerRegisters>();
     if (arch::warp_index() != 0 || !arch::elect_one()) return;
     Ring ring;
     Walk walk(p.args.dual_chunk, tile);
