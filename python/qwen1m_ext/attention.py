@@ -69,17 +69,18 @@ class Segment:
     end: int
     temperature: float
     sparse: SparsePrefill | None = None  # None: dense
+    few: bool = False  # it goes through the op for few rows, though it has more than one
 
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of the attention ops for some rows: lone leading rows, then runs of rows."""
+    """Arguments of the attention ops: leading runs of few rows, then runs of many."""
 
-    lone: int  # leading rows that stand alone in their sequence
-    cu_q: Tensor  # [runs + 1] int64, of the rows after the lone ones
-    block_table: Tensor  # [lone + runs, pages] int32
-    kv_len: Tensor  # [lone + runs] int64
-    logit_scale: Tensor  # [lone + runs] float32
+    groups: list[tuple[int, int]]  # (runs, rows of each), for decode_attention
+    cu_q: Tensor  # [runs + 1] int64, of the rows after those
+    block_table: Tensor  # [all runs, pages] int32
+    kv_len: Tensor  # [all runs] int64
+    logit_scale: Tensor  # [all runs] float32
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class _Part:
 class Batch:
     """Segments on their way through the model together, their rows one after the other.
 
-    Put segments of one token first: they share one call of the op for few rows. Two segments may
-    belong to one sequence, in order: keys and values of all rows are written before any is read.
+    Put segments of one token and of few rows first, by their length: those of one length share a
+    call of the op for few rows. Two segments may belong to one sequence, in order: keys and values
+    of all rows are written before any is read.
     """
 
     def __init__(self, rotary: Rotary, cache: KVCache, segments: Sequence[Segment]) -> None:
@@ -191,16 +193,21 @@ class Batch:
         return runs
 
     def _call(self, runs: list[tuple[int, int, int]]) -> _Call:
-        lone = 0
-        while lone < len(runs) and runs[lone][2] - runs[lone][1] == 1:
-            lone += 1
-        lengths = [0] + [end - begin for _, begin, end in runs[lone:]]
+        groups: list[tuple[int, int]] = []
+        few = 0  # leading runs
+        for segment, begin, end in runs:
+            if end - begin > 1 and not self._segments[segment].few:
+                break
+            count, rows = groups.pop() if groups and groups[-1][1] == end - begin else (0, 0)
+            groups.append((count + 1, rows or end - begin))
+            few += 1
+        lengths = [0] + [end - begin for _, begin, end in runs[few:]]
         kv_len = torch.tensor([end for _, _, end in runs], dtype=torch.int64)
         pages = pages_for(max((end for _, _, end in runs), default=0))
         table_rows = torch.tensor([self._segments[i].sequence.row for i, _, _ in runs])
         scales = [self._rotary.logit_scale(self._segments[i].temperature) for i, _, _ in runs]
         return _Call(
-            lone,
+            groups,
             torch.tensor(lengths).cumsum(0),
             self._cache.block_table[:, :pages].index_select(0, table_rows.long()),
             kv_len,
@@ -208,16 +215,20 @@ class Batch:
         )
 
     def _run(self, call: _Call, layer: int, q: Tensor, out: Tensor) -> None:
-        lone, dca = call.lone, self._rotary.dual_chunk
+        dca = self._rotary.dual_chunk
         k, v = self._cache.k[layer], self._cache.v[layer]
         common = self._rotary.table, dca.chunk_size, dca.local_size
-        if lone:
+        run = row = 0
+        for count, tokens in call.groups:
+            rows, runs = slice(row, row + count * tokens), slice(run, run + count)
+            shape = (count, tokens, *q.shape[1:])
             ops.decode_attention(
-                out[:lone, None], None, q[:lone, None], k, v, call.block_table[:lone],
-                call.kv_len[:lone], call.logit_scale[:lone], *common,
+                out[rows].view(shape), None, q[rows].view(shape), k, v, call.block_table[runs],
+                call.kv_len[runs], call.logit_scale[runs], *common,
             )  # fmt: skip
-        if lone < len(call.kv_len):
+            run, row = runs.stop, rows.stop
+        if run < len(call.kv_len):
             ops.prefill_attention(
-                out[lone:], None, q[lone:], k, v, call.block_table[lone:], call.cu_q,
-                call.kv_len[lone:], call.logit_scale[lone:], *common,
+                out[row:], None, q[row:], k, v, call.block_table[run:], call.cu_q,
+                call.kv_len[run:], call.logit_scale[run:], *common,
             )  # fmt: skip

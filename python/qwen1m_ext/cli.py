@@ -207,6 +207,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                         help="of the prompt: exact, vertical-slash, or by its length")  # fmt: skip
     parser.add_argument("--sparse-config", type=Path, metavar="FILE",
                         help="budgets (default: the checkpoint's)")  # fmt: skip
+    parser.add_argument("--speculative", choices=("ngram",),
+                        help="guess ahead from earlier text: same output, fewer steps")  # fmt: skip
     parser.add_argument("--max-model-len", type=token_count, metavar="N",
                         help="context to reserve for (default: the model's)")  # fmt: skip
 
@@ -239,6 +241,7 @@ def _load(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
         attention=args.attention,
         sparse_config=args.sparse_config,
         max_model_len=args.max_model_len,
+        speculative=args.speculative,
     )
     given = {name: getattr(args, name, None) for name in (*_SAMPLING, "stop", "ignore_eos")}
     params = replace(

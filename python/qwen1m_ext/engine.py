@@ -44,6 +44,7 @@ from .sequence import Sequence as Sample
 from .sessions import Session
 from .sparse_config import SparseSettings
 from .sparsity import SparseAttention, SparsePrefill
+from .speculative import NgramSpeculator
 from .tokenizer import Tokenizer
 from .weights import fingerprint, load_weights
 
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 
 DTypeName = Literal["auto", "bfloat16", "float32"]
 RopeName = Literal["auto", "dca", "plain"]
+SpeculativeName = Literal["ngram"]
 
 MAX_SESSIONS = 64
 """Sessions that may be open at once. They share the pages of one full context."""
@@ -77,6 +79,7 @@ class Engine:
         max_chunk_ms: float | None = None,
         short_share: float = 0.5,
         enable_prefix_caching: bool = True,
+        speculative: SpeculativeName | None = None,
     ) -> None:
         """Load a checkpoint and reserve its cache.
 
@@ -102,6 +105,8 @@ class Engine:
             max_chunk_ms: the same while nothing decodes; None: whole chunks.
             short_share: of each step's prefill, what short prompts get beside a long one.
             enable_prefix_caching: reuse pages of earlier prompts that begin alike.
+            speculative: "ngram": guess the next tokens from what followed the last ones before;
+                the output is what it would be without, see `speculative.py`.
 
         Raises:
             ConfigError, WeightsError: the checkpoint, or an argument above, does not fit.
@@ -139,6 +144,9 @@ class Engine:
             plain=self.dual_chunk.is_plain,
             chunk_tokens=prefill_chunk_tokens,
         )
+        if speculative not in (None, "ngram"):
+            raise ConfigError(f"speculative: expected ngram or None, got {speculative!r}")
+        self._speculative = speculative
         deployment = Deployment(
             tokens=0,
             dtype=self.dtype,
@@ -307,6 +315,8 @@ class Engine:
         for sample in request.samples:
             processor = logits_processor(sample.index) if logits_processor else None
             sample.sampler = Sampler(params, token_ids, stop_ids, sample.index, processor)
+            if self._speculative:
+                sample.speculator = NgramSpeculator()
         return self._start(request, prompt_text, on_event, on_progress)
 
     def _request(

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast
 from torch import Tensor
 from tqdm import tqdm
 
-from .engine import DTypeName, Engine, RopeName
+from .engine import DTypeName, Engine, RopeName, SpeculativeName
 from .errors import RequestError
 from .events import OnProgress
 from .handle import RequestHandle
@@ -62,6 +62,7 @@ class LLM:
         max_chunk_ms: float | None = None,
         short_share: float = 0.5,
         enable_prefix_caching: bool = True,
+        speculative: SpeculativeName | None = None,
     ) -> None:
         """Load a checkpoint directory; arguments and errors as in `Engine`."""
         self.engine = Engine(
@@ -80,6 +81,7 @@ class LLM:
             max_chunk_ms=max_chunk_ms,
             short_share=short_share,
             enable_prefix_caching=enable_prefix_caching,
+            speculative=speculative,
         )
 
     @property

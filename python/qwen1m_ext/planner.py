@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from . import ops
 from .config import ModelConfig, read_config
 from .errors import ConfigError
 from .estimate import CARDS, SPARSE_COLUMNS, Machine, Seconds, estimate, measure_cpu
@@ -133,8 +132,8 @@ class Report:
                 f"beyond the model: it supports {self.config.max_position_embeddings:,} tokens "
                 "(max_position_embeddings); the engine refuses more"
             )
-        if d.gpu and not ops.supports_cuda():
-            yield "this version runs models on the CPU only: for a GPU this is arithmetic"
+        if d.gpu:
+            yield "for a GPU this is arithmetic from stated rates, not a measurement"
         if d.kv_dtype == FP8:
             yield "an fp8 cache is planned, not in this version"
         if d.sparse:

@@ -169,6 +169,8 @@ class RequestMetrics:
     output_tokens: int = 0
     sparse: bool = False  # whether the prompt was prefilled sparsely
     recall: float | None = None  # softmax mass that the selected keys held, on sampled rows
+    draft_tokens: int = 0  # guessed by speculation and checked
+    accepted_tokens: int = 0  # of these, sampled as guessed
 
     @property
     def prefill_tokens_per_second(self) -> float:

@@ -2,7 +2,8 @@
 
 It feeds its own tokens back: a decode piece reads the token that the step before appended, so
 nobody has to tell it what was sampled. Pieces of requests that were stopped meanwhile are skipped,
-and a step that nobody wants any more is abandoned after the layer at hand.
+and a step that nobody wants any more is abandoned after the layer at hand. With speculation a
+decode piece may bring tokens for later steps too, which find them ready (`speculative.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 from .attention import Batch, Rotary, Segment
 from .events import Progress
 from .kv_cache import KVCache
-from .model import Qwen2Model
+from .model import Qwen2Model, logits_rows
+from .ops import PAGE_SIZE
 from .sampler import Candidates, rank_tokens
 from .sequence import Piece, Sequence, Step
 
@@ -34,6 +36,7 @@ class StepResult:
     done: frozenset[Sequence] = frozenset()  # their piece was computed
     seconds: float | None = None  # None: not representative
     sampled: list[tuple[Sequence, int, Candidates | None]] = field(default_factory=list)
+    representative: bool = True  # for the cost model: nothing was guessed or computed ahead
 
 
 class ModelRunner:
@@ -77,53 +80,103 @@ class ModelRunner:
             for piece in pieces:
                 piece.sequence.request.fail(error)
             return StepResult(step)
-        result.seconds = time.perf_counter() - start if len(pieces) == len(step.pieces) else None
+        if len(pieces) == len(step.pieces) and result.representative:
+            result.seconds = time.perf_counter() - start
         return result
 
     def _run(self, step: Step, pieces: list[Piece]) -> StepResult:
-        segments = [segment for piece in pieces for segment in self._segments(piece)]
+        result = StepResult(step, frozenset(piece.sequence for piece in pieces))
+        work = []
+        for piece in pieces:
+            sequence = piece.sequence
+            speculator = sequence.speculator
+            if speculator and speculator.covers(sequence.preemptions):
+                self._emit(sequence, *speculator.ahead.popleft(), result)
+            else:
+                work.append(piece)
+        drafts = self._drafts(work)
+        result.representative = len(work) == len(pieces) and not drafts
+        if not work:
+            return result
+        # by length, for calls of the op for few rows; a stable order
+        work.sort(key=lambda piece: len(drafts.get(piece, ())) if piece.decode else 1 << 30)
+        segments = [s for piece in work for s in self._segments(piece, len(drafts.get(piece, ())))]
         batch = Batch(self._rotary, self._cache, segments)
-        ids = [t for piece in pieces for t in piece.sequence.tokens[piece.begin : piece.end]]
-        wanted = _wanted_rows(pieces)
+        ids = [
+            token
+            for piece in work
+            for part in (piece.sequence.tokens[piece.begin : piece.end], drafts.get(piece, ()))
+            for token in part
+        ]
+        wanted = _wanted_rows(work, drafts)
         rows = None if len(wanted) == len(ids) else torch.tensor(wanted, dtype=torch.int64)
         hidden = self._model.forward(
             torch.tensor(ids, dtype=torch.int64),
             batch,
             rows,
-            lambda done, of: self._report(pieces, done / of),
+            lambda done, of: self._report(work, done / of),
         )
-        result = StepResult(step, frozenset(piece.sequence for piece in pieces))
-        samples, last_rows = [], []
+        samples: list[tuple[Piece, int]] = []  # and how many rows
+        sampled_rows: list[int] = []
         row = 0
-        for piece in pieces:
-            count = _rows_of(piece)
+        for piece in work:
+            count = _rows_of(piece, drafts)
             if _is_scored(piece):
                 self._score(piece, hidden[row : row + count])
             row += count
             if piece.sample:
-                samples.append(piece)
-                last_rows.append(row - 1)
+                own = 1 + len(drafts.get(piece, ()))
+                samples.append((piece, own))
+                sampled_rows.extend(range(row - own, row))
         if samples:
-            logits = self._model.logits(hidden[last_rows])
-            for piece, one in zip(samples, logits, strict=True):
-                self._sample(piece, one, result)
+            logits = self._model.logits(hidden[sampled_rows])
+            blocks = torch.split(logits, [count for _, count in samples])
+            for (piece, _), some in zip(samples, blocks, strict=True):
+                self._sample(piece, drafts.get(piece, []), some, result)
         return result
 
-    def _segments(self, piece: Piece) -> list[Segment]:
-        """A piece, cut where the temperature changes."""
+    def _drafts(self, work: list[Piece]) -> dict[Piece, list[int]]:
+        """Guesses to check in this step: as many as the workspace and the pages have room for."""
+        spare = self._model.workspace.chunk_tokens - sum(p.end - p.begin for p in work)
+        logits = logits_rows(self._model.config) - sum(p.sample for p in work)
+        drafts = {}
+        for piece in work:
+            sequence, cache = piece.sequence, piece.sequence.cache
+            speculator = sequence.speculator
+            if speculator is None or cache is None or speculator.ahead:
+                continue
+            ended = sequence.sampler is not None and sequence.sampler.stops_at(sequence.tokens[-1])
+            if ended or not (piece.decode and piece.sample):
+                continue
+            room = min(
+                spare,
+                logits,
+                len(cache.pages) * PAGE_SIZE - piece.end,
+                sequence.prompt_len + sequence.max_tokens - piece.end - 1,
+            )
+            draft = speculator.guess(sequence.tokens, max(0, room))
+            if draft:
+                drafts[piece] = draft
+                spare, logits = spare - len(draft), logits - len(draft)
+        return drafts
+
+    def _segments(self, piece: Piece, drafted: int) -> list[Segment]:
+        """A piece and the guess behind it, cut where the temperature changes."""
         sequence, cache = piece.sequence, piece.sequence.cache
         assert cache is not None, "a planned sequence is open"
+        few = drafted > 0
         uniform = min(piece.end, max(piece.begin, sequence.prompt_len))
         segments = []
         if uniform > piece.begin:
             s = self._temperature(sequence, piece.begin)
             segments.append(Segment(cache, piece.begin, uniform, s, sequence.request.sparse))
-        for position in range(uniform, piece.end):  # output that is computed anew, or decode
+        # output that is computed anew, or decode
+        for position in range(uniform, piece.end + drafted):
             s = self._temperature(sequence, position)
             if segments and segments[-1].temperature == s and segments[-1].sparse is None:
-                segments[-1] = Segment(cache, segments[-1].begin, position + 1, s)
+                segments[-1] = Segment(cache, segments[-1].begin, position + 1, s, few=few)
             else:
-                segments.append(Segment(cache, position, position + 1, s))
+                segments.append(Segment(cache, position, position + 1, s, few=few))
         return segments
 
     def _report(self, pieces: list[Piece], share: float) -> None:
@@ -169,21 +222,44 @@ class ModelRunner:
                 request.fail(error)
             request.scored = piece.end
 
-    def _sample(self, piece: Piece, logits: Tensor, result: StepResult) -> None:
+    def _sample(self, piece: Piece, draft: list[int], logits: Tensor, result: StepResult) -> None:
+        """Choose the token after a piece, and those behind it as long as the guess was right."""
         sequence, request = piece.sequence, piece.sequence.request
-        assert sequence.sampler is not None, "the runner's sequences have samplers"
+        sampler, speculator = sequence.sampler, sequence.speculator
+        assert sampler is not None, "the runner's sequences have samplers"
         if request.metrics.prefill_seconds == 0 and request.started is not None:
             request.metrics.prefill_seconds = time.perf_counter() - request.started
             request.metrics.recall = request.sparse.meter.mean if request.sparse else None
-        try:
-            token = sequence.sampler.sample(logits)
-        except Exception as error:
-            request.fail(error)
+        if speculator and speculator.ahead:  # sampled before a preemption, computed again now
+            self._emit(sequence, *speculator.ahead.popleft(), result)
             return
-        count = request.params.logprobs
-        candidates = None
-        if count is not None:
-            candidates = rank_tokens(logits[None], torch.tensor([token]), count)[0]
+        chosen: list[tuple[int, Candidates | None]] = []
+        for row, guess in zip(logits, [*draft, None], strict=True):
+            try:
+                token = sampler.sample(row)
+            except Exception as error:
+                request.fail(error)
+                return
+            candidates = None
+            if request.params.logprobs is not None:
+                chosen_token = torch.tensor([token])
+                candidates = rank_tokens(row[None], chosen_token, request.params.logprobs)[0]
+            chosen.append((token, candidates))
+            if token != guess or sampler.stops_at(token):
+                break
+        if speculator:
+            speculator.keep(sequence.preemptions, len(draft), chosen)
+            request.metrics.draft_tokens += len(draft)
+            request.metrics.accepted_tokens += len(chosen) - 1
+        self._emit(sequence, *chosen[0], result)
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        token: int,
+        candidates: Candidates | None,
+        result: StepResult,
+    ) -> None:
         sequence.tokens.append(token)
         result.sampled.append((sequence, token, candidates))
 
@@ -195,15 +271,17 @@ def _is_scored(piece: Piece) -> bool:
     return wanted and piece.begin < sequence.prompt_len
 
 
-def _rows_of(piece: Piece) -> int:
-    """How many of a piece's final hidden states are wanted: its last ones."""
-    return piece.end - piece.begin if _is_scored(piece) else int(piece.sample)
+def _rows_of(piece: Piece, drafts: dict[Piece, list[int]]) -> int:
+    """How many final hidden states of a piece and its guess are wanted: the last ones."""
+    if _is_scored(piece):
+        return piece.end - piece.begin
+    return int(piece.sample) + len(drafts.get(piece, ()))
 
 
-def _wanted_rows(pieces: list[Piece]) -> list[int]:
+def _wanted_rows(pieces: list[Piece], drafts: dict[Piece, list[int]]) -> list[int]:
     rows: list[int] = []
     end = 0
     for piece in pieces:
-        end += piece.end - piece.begin
-        rows.extend(range(end - _rows_of(piece), end))
+        end += piece.end - piece.begin + len(drafts.get(piece, ()))
+        rows.extend(range(end - _rows_of(piece, drafts), end))
     return rows

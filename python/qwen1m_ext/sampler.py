@@ -19,7 +19,7 @@ from .tokenizer import Tokenizer
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 """(the sample's output tokens so far, [vocab] float32 logits) -> logits; it may change them in
-place. It may be asked once more after the token that ends the sample: that draw is discarded."""
+place. It may be asked again after the token that ends the sample: those draws are discarded."""
 
 
 class Sampler:
@@ -76,6 +76,10 @@ class Sampler:
         self._output[token] += 1
         self._output_ids.append(token)
         return token
+
+    def stops_at(self, token: int) -> bool:
+        """Whether a token may end the sample."""
+        return bool((self._stops == token).any())
 
     def adjust(self, logits: Tensor) -> Tensor:
         """Logits with bias and penalties applied; a new tensor when anything changes."""

@@ -22,6 +22,7 @@ from .request import RequestMetrics, SamplingParams
 from .sampler import Sampler
 from .sessions import Session
 from .sparsity import SparsePrefill
+from .speculative import NgramSpeculator
 
 OnHidden = Callable[[int, Tensor], None]
 """Called with (position of the first row, final hidden states [n, hidden]) for every prompt row."""
@@ -138,6 +139,7 @@ class Sequence:
     index: int
     max_tokens: int  # of output
     sampler: Sampler | None = None  # None: in tests of the scheduler
+    speculator: NgramSpeculator | None = None  # the runner's
     tokens: list[int] = field(default_factory=list)  # prompt, then output
     cache: SequenceCache | None = None  # None: waiting
     total: int = 0  # tokens, those included that a step in flight will sample

@@ -90,6 +90,11 @@ def closing_line(metrics: RequestMetrics) -> str:
         f"TTFT {format_seconds(metrics.time_to_first_token)}",
         f"output {metrics.output_tokens:,} tokens"
         + (f" ({metrics.decode_tokens_per_second:,.1f} tok/s)" if metrics.decode_seconds else ""),
+        *(
+            [f"{metrics.accepted_tokens:,} of {metrics.draft_tokens:,} guesses right"]
+            if metrics.draft_tokens
+            else []
+        ),
         f"peak memory {format_bytes(peak_bytes())}",
     ]
     return " | ".join(parts)

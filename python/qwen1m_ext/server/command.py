@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         "rope": args.rope,
         "attention": args.attention,
         "sparse_config": args.sparse_config,
+        "speculative": args.speculative,
         "max_model_len": args.max_model_len,
         "prefill_chunk_tokens": args.prefill_chunk_tokens,
         "max_num_seqs": args.max_num_seqs,
