@@ -28,6 +28,9 @@ PRIOR_WEIGHT = 1e-5
 """Weight of the counted proportions, in steps. Small: a fixed cost of 100 times the counted one is
 normal. It decides only where the steps say nothing."""
 
+MAX_CHUNK_TOKENS = 1 << 21
+"""More than any context."""
+
 _SWEEPS = 60
 
 
@@ -91,17 +94,14 @@ class CostModel:
 
     def chunk(self, begin: int, seconds: float, sparse: bool = False) -> int:
         """Largest number of tokens from `begin` on whose cost fits in `seconds`; perhaps 0."""
+        low, high = 0, MAX_CHUNK_TOKENS  # the cost grows with the end
         if math.isinf(seconds):
-            return 1 << 62
-        _, b, a, sb, sg, _, _ = self._coefficients()
-        if sparse:  # each token pays for itself; the estimate once for the keys before it
-            rest = seconds - sg * begin
-            return max(0, int(rest / (sb + sg)))
-        # a (x^2 / 2 + begin x) + b x = seconds
-        p = b + a * begin
-        if a * seconds < 1e-9 * p * p:
-            return max(0, int(seconds / p)) if p > 0 else 1 << 62
-        return max(0, int((math.sqrt(p * p + 2 * a * seconds) - p) / a))
+            return high
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.prefill_seconds(begin, begin + middle, sparse) <= seconds
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
     def observe(self, work: Iterable[Work], seconds: float) -> None:
         """Learn from a measured step."""
