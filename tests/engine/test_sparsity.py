@@ -228,6 +228,37 @@ def test_sparse_and_dense_prompts_run_in_one_batch(deep: Path) -> None:
         assert output.metrics.sparse == (kind == "sparse")
 
 
+def test_sparse_results_do_not_depend_on_the_load(deep: Path) -> None:
+    """Under a latency cap, beside others, preempted, sampled three times, cancelled and resumed."""
+    alone = load(deep, attention="sparse", max_model_len=2048, enable_prefix_caching=False)
+    busy = load(
+        deep, attention="sparse", max_model_len=1536, prefill_chunk_tokens=200,
+        max_itl_ms=0.01, max_chunk_ms=0.01,
+    ).engine  # fmt: skip
+    plan = [
+        (prompt_ids(length, seed), SamplingParams(
+            temperature=0 if n == 1 else 1, seed=seed, n=n, max_tokens=tokens, ignore_eos=True,
+            attention=attention,
+        ))
+        for seed, (length, n, tokens, attention) in enumerate(
+            [(700, 1, 60, "sparse"), (450, 3, 20, "sparse"), (500, 1, 40, "dense"),
+             (130, 1, 90, "sparse"), (650, 1, 80, "sparse")]
+        )
+    ]  # fmt: skip
+    cancelled = busy.submit(*plan[0])
+    while cancelled.status().done < 400:
+        assert cancelled.status().state != "finished"
+    cancelled.cancel()
+    assert cancelled.wait(30)
+    handles = [busy.submit(prompt, params) for prompt, params in plan]
+    for handle, (prompt, params) in zip(handles, plan, strict=True):
+        got = handle.result()
+        want = alone.generate({"prompt_token_ids": prompt}, params)[0]
+        assert [o.token_ids for o in got.outputs] == [o.token_ids for o in want.outputs]
+    assert handles[0].status().cached >= 384
+    assert busy.stats().preemptions_total > 0
+
+
 def test_sparse_work_is_counted(sparse: LLM) -> None:
     """A million tokens: less than dense; halves add up; the selection grows with the length."""
     engine = sparse.engine
