@@ -64,7 +64,7 @@ class Core:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._closing = False
-        self._error: BaseException | None = None
+        self.failure: BaseException | None = None
         self._idle = threading.Condition(self._lock)
 
     # --- from any thread --------------------------------------------------------------------------
@@ -74,8 +74,8 @@ class Core:
         with self._lock:
             if self._closing:
                 raise BackendError("engine: expected a running one, got one that is shut down")
-            if self._error is not None:
-                raise BackendError(f"engine: stopped by an error: {self._error!r}")
+            if self.failure is not None:
+                raise BackendError(f"engine: stopped by an error: {self.failure!r}")
             if request.request_id in self.requests:
                 raise RequestError(f"request_id: expected a new one, got {request.request_id!r}")
             self.requests[request.request_id] = request
@@ -155,7 +155,7 @@ class Core:
                 for request in requests:
                     self.cancel(request)
             with self._idle:
-                self._idle.wait_for(lambda: not self.requests or self._error is not None)
+                self._idle.wait_for(lambda: not self.requests or self.failure is not None)
         self._inbox.put(None)
         if threading.current_thread() not in threads:
             for thread in threads:
@@ -179,8 +179,9 @@ class Core:
         try:
             loop()
         except BaseException as error:
-            self._error = error
-            self._inbox.put(None)
+            self.failure = error
+            for thread_queue in (self._inbox, self._steps, self._results):
+                thread_queue.put(None)  # the others end too
             for request in tuple(self.requests.values()):
                 request.fail(error)
                 self._release(request)

@@ -385,6 +385,11 @@ class Engine:
         """Let the pages go that `submit(..., pin=True)` has kept; False if there are none."""
         return self._core.scheduler.residency.prefixes.unpin(request_id)
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the engine's threads, a bug; None while all is well."""
+        return self._core.failure
+
     def stats(self) -> EngineStats:
         """Queues, pages and totals at this moment."""
         return self._core.stats()

@@ -52,6 +52,12 @@ class ServerProcess:
                 time.sleep(0.1)
         raise AssertionError(f"the server is not ready after 120 s: {self.log.read_text()[-3000:]}")
 
+    @property
+    def worker(self) -> int:
+        """Process id of the server itself; `process` is its supervisor."""
+        pid = self.process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)

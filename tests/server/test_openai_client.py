@@ -140,6 +140,7 @@ def test_echo_scores_the_prompt(client, llm):
     )
     (choice,) = answer.choices
     assert choice.text == "The magic number"
+    assert answer.usage.completion_tokens == 0
     (expected,) = llm.generate(
         {"prompt_token_ids": tokens},
         SamplingParams(prompt_logprobs=2, max_tokens=1, temperature=0),

@@ -140,3 +140,22 @@ def test_new_messages_follow_what_a_session_holds(server, client):
         server, "POST", "/v1/chat/completions", {"messages": [second], "continue_session": True}
     )
     assert code == 400 and "continue_session" in words
+
+
+def test_an_answer_cut_by_max_tokens_is_whole_in_a_loaded_session(server, client):
+    """Its last token was drawn and never computed; it is in the file all the same."""
+    server.post("/v1/sessions", {"id": "cut"})
+    options = dict(model="demo_model", max_tokens=5, temperature=0)
+    talk = dict(messages=[{"role": "user", "content": "Tell me."}], **options)
+    client.chat.completions.create(**talk, extra_body={"session": "cut", "ignore_eos": True})
+    server.post("/v1/sessions/cut/save")
+    more = dict(messages=[{"role": "user", "content": "More."}], **options)
+    extra = {"session": "cut", "continue_session": True}
+    expected = client.chat.completions.create(**more, extra_body=extra)
+    server.delete("/v1/sessions/cut")
+    server.post("/v1/sessions/cut/load")
+    again = client.chat.completions.create(**more, extra_body=extra)
+    assert again.usage == expected.usage
+    assert again.choices[0].message.content == expected.choices[0].message.content
+    server.delete("/v1/sessions/cut")
+    server.delete("/v1/sessions/cut/saved")

@@ -108,7 +108,7 @@ def test_many_clients(tmp_path):
             assert server.settled("qwen1m:kv_cache_pages_used", 0)
             time.sleep(1.0)  # the last connections are cleared away
             assert server.get("/v1/requests")["data"] == []
-            pid = server.process.pid
+            pid = server.worker
             done = {k: sum(worker.done[k] for worker in workers) for k in workers[0].done}
             return done, open_files(pid), resident_bytes(pid)
 

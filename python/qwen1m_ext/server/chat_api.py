@@ -88,8 +88,12 @@ class ChatShape:
         """The finished object."""
         return self._head("chat.completion") | {
             "choices": self._choices,
-            "usage": self._generation.usage(),
+            "usage": self.usage(),
         }
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        return self._generation.usage()
 
 
 def router(service: Service) -> APIRouter:

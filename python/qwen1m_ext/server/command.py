@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve."""
+    """Serve, in a process that is started again when it dies."""
+    from .supervise import listen, supervise
+
+    with listen(args.host, args.port) as listener:
+        return supervise(lambda: _serve(args, listener))
+
+
+def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
+    """Serve, in this process."""
     try:
         from .run import run_server
         from .settings import Settings
@@ -76,8 +85,6 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         model_dir=Path(args.model),
         served_name=args.served_model_name or Path(args.model).resolve().name,
-        host=args.host,
-        port=args.port,
         api_keys=tuple(keys),
         max_body_bytes=args.max_body_bytes,
         max_queue=args.max_queue,
@@ -86,4 +93,4 @@ def run(args: argparse.Namespace) -> int:
         session_dir=args.session_dir or default_session_dir(),
         engine=engine,
     )
-    return run_server(settings)
+    return run_server(settings, listener)

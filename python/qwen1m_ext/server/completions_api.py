@@ -99,7 +99,14 @@ class CompletionShape:
 
     def whole(self) -> dict[str, Any]:
         """The finished object."""
-        return self.chunk(self._choices) | {"usage": self._generation.usage()}
+        return self.chunk(self._choices) | {"usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        usage = self._generation.usage()
+        if self._body.max_tokens == 0:
+            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        return usage
 
 
 def router(service: Service) -> APIRouter:

@@ -105,7 +105,7 @@ def router(service: Service) -> APIRouter:
     async def health() -> Response:
         """200 while the process is alive and its engine has not failed."""
         if service.failure is not None:
-            raise ApiError(503, f"the model could not be loaded: {service.failure}")
+            raise ApiError(503, f"there is no engine: {service.failure}")
         return json_response({"status": "draining" if service.draining else "ok"})
 
     @routes.get("/ready")

@@ -31,6 +31,9 @@ class Shape(Protocol):
     def whole(self) -> dict[str, Any]:
         """The finished object."""
 
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object."""
+
 
 async def respond(
     service: Service, request: Request, body: GenerationBody, generation: Generation, shape: Shape
@@ -55,7 +58,7 @@ async def respond(
         return [shape.chunk([choice]) for choice in shape.render(prompt, event)]
 
     def last() -> list[dict[str, Any]]:
-        return [shape.chunk([]) | {"usage": generation.usage()}] if with_usage else []
+        return [shape.chunk([]) | {"usage": shape.usage()}] if with_usage else []
 
     return EventStream(generation, render, last, service.settings.keep_alive_seconds, finish)
 

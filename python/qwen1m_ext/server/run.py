@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from types import FrameType
 
@@ -12,6 +13,7 @@ from ..config import load_config
 from .app import create_app
 from .service import Service
 from .settings import Settings
+from .supervise import CRASHED
 
 
 class Server(uvicorn.Server):
@@ -43,8 +45,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run_server(settings: Settings) -> int:
-    """Serve until a signal; returns the exit status.
+def run_server(settings: Settings, listener: socket.socket) -> int:
+    """Serve on a listening socket until a signal; returns the exit status.
 
     Raises:
         ConfigError: the checkpoint is none; seen before anything is started.
@@ -56,7 +58,8 @@ def run_server(settings: Settings) -> int:
         if service.failure is not None:
             server.should_exit = True
             return
-        url = f"http://{settings.host}:{settings.port}"
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         print(
             f"qwen1m: {settings.served_name} is ready at {url} "
             f"(context {service.engine.max_model_len:,} tokens)",
@@ -67,8 +70,6 @@ def run_server(settings: Settings) -> int:
     app, service = create_app(settings, loaded)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=10,
@@ -77,7 +78,10 @@ def run_server(settings: Settings) -> int:
     )
     server = Server(config)
     server.service = service
-    server.run()
+    service.on_crash = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listener])
+    if service.crashed:
+        return CRASHED
     if service.failure is not None:
         raise service.failure
     return 0 if server.started else 1

@@ -45,7 +45,9 @@ class Service:
         )
         self.sessions = NamedSessions(settings.session_dir)
         self.draining = False
-        self.failure: BaseException | None = None  # why the engine could not be loaded
+        self.failure: BaseException | None = None  # why there is no engine
+        self.crashed = False  # there was one, but its threads have ended in `failure`
+        self.on_crash: Callable[[], None] = lambda: None
         self._engine: Engine | None = None
         self._grammars: GrammarCompiler | None = None
         self._workers = ThreadPoolExecutor(WORKERS, "qwen1m-server")
@@ -181,6 +183,10 @@ class Service:
             await generation.close()
         finally:
             self.registry.remove(generation, forget)
+        if self.engine.failure is not None and not self.crashed:
+            log.error("the engine has failed", exc_info=self.engine.failure)
+            self.failure, self.crashed = self.engine.failure, True
+            self.on_crash()
 
     def _compile(self, schema: dict[str, object]) -> Callable[[int], LogitsProcessor]:
         """The mask of a JSON schema; the compiler is made when it is first needed."""

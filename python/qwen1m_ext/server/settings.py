@@ -14,8 +14,6 @@ class Settings:
     model_dir: Path
     served_name: str
     session_dir: Path
-    host: str = "127.0.0.1"
-    port: int = 8000
     api_keys: tuple[str, ...] = ()  # none: open to everybody who can connect
     max_body_bytes: int = 64 << 20  # a million tokens as JSON numbers are 7 MB, as text 2 to 6 MB
     max_queue: int = 256  # requests that may wait; more are refused with 429
