@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Literal
 
-from .engine import RopeName
+from .choices import RopeName
 from .haystack import Sample, is_correct, make_sample
 from .memory import format_bytes, peak_bytes
 from .request import AttentionName, RequestOutput, SamplingParams

@@ -13,17 +13,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .attention import Rotary
-from .config import PLAIN_ROPE, DualChunkConfig, ModelConfig, load_config, load_generation_config
+from .choices import (
+    DTypeName,
+    RopeName,
+    SpeculativeName,
+    choose_device,
+    choose_dtype,
+    choose_rope,
+)
+from .config import load_config, load_generation_config
 from .core import Core, Span
 from .cost_model import CostModel
-from .errors import BackendError, ConfigError, ContextTooLong, MemoryBudgetError, RequestError
+from .errors import ConfigError, ContextTooLong, MemoryBudgetError, RequestError
 from .events import EngineStats, OnEvent, OnProgress
 from .handle import RequestHandle
 from .kv_cache import KVCache, pages_for
@@ -49,10 +56,6 @@ from .tokenizer import Tokenizer
 from .weights import fingerprint, load_weights
 
 log = logging.getLogger(__name__)
-
-DTypeName = Literal["auto", "bfloat16", "float32"]
-RopeName = Literal["auto", "dca", "plain"]
-SpeculativeName = Literal["ngram"]
 
 MAX_SESSIONS = 64
 """Sessions that may be open at once. They share the pages of one full context."""
@@ -114,7 +117,7 @@ class Engine:
             BackendError: the device is not available.
         """
         self.model_dir = Path(model_dir)
-        self.device = _choose_device(device)
+        self.device = choose_device(device)
         self.config = load_config(model_dir)
         self.generation_config = load_generation_config(model_dir)
         self.tokenizer = Tokenizer(model_dir) if load_tokenizer else None
@@ -123,17 +126,9 @@ class Engine:
                 f"{model_dir}: tokenizer.json has {self.tokenizer.vocab_size} tokens, "
                 f"but config.json says vocab_size {self.config.vocab_size}"
             )
-        self.dtype = _choose_dtype(dtype, self.config)
-        self.dual_chunk = _choose_rope(rope, self.config, str(model_dir))
-        if prefill_chunk_tokens < 1:
-            raise ConfigError(f"prefill_chunk_tokens: expected >= 1, got {prefill_chunk_tokens}")
-        if max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs: expected >= 1, got {max_num_seqs}")
-        if not 0 < short_share < 1:
-            raise ConfigError(f"short_share: expected a number in (0, 1), got {short_share}")
-        for name, value in (("max_itl_ms", max_itl_ms), ("max_chunk_ms", max_chunk_ms)):
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: expected a number > 0 or None, got {value}")
+        self.dtype = choose_dtype(dtype, self.config)
+        self.dual_chunk = choose_rope(rope, self.config, str(model_dir))
+        limits = Limits(prefill_chunk_tokens, max_itl_ms, max_chunk_ms, max_num_seqs, short_share)
         self.policy = PrefillPolicy.load(
             attention,
             self.model_dir,
@@ -190,8 +185,9 @@ class Engine:
         facts = (self.config, self.dual_chunk, self.dtype, ops.PAGE_SIZE, fingerprint(weights))
         self.model_key = blake2b(repr(facts).encode(), digest_size=32).digest()
         self._numbers = itertools.count(1)
-        limits = Limits(self.chunk_tokens, max_itl_ms, max_chunk_ms, max_num_seqs, short_share)
-        self._core = self._build_core(limits, enable_prefix_caching)
+        self._core = self._build_core(
+            replace(limits, chunk_tokens=self.chunk_tokens), enable_prefix_caching
+        )
         weakref.finalize(self, self._core.shutdown, False)
 
     def _build_core(self, limits: Limits, prefix_caching: bool) -> Core:
@@ -428,38 +424,3 @@ class Engine:
         handle.result()
         handle.wait()
         return torch.cat(blocks)
-
-
-def _choose_device(device: str) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device: expected auto, cpu or cuda, got {device!r}")
-    if device == "cuda":
-        # CUDA counts only when every op of the model has a kernel for it
-        raise BackendError(
-            "device: cuda was asked for, but this version has no CUDA kernels for "
-            + ", ".join(op for op in ops.OP_NAMES if op not in ops.cuda_kernels())
-        )
-    return "cpu"
-
-
-def _choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
-    if name == "auto":
-        if config.dtype == torch.float16:
-            raise ConfigError(
-                "dtype: the checkpoint is float16, which is not computed in; expected "
-                'dtype="bfloat16" or "float32" to be chosen, got "auto"'
-            )
-        return config.dtype
-    if name not in ("bfloat16", "float32"):
-        raise ConfigError(f"dtype: expected auto, bfloat16 or float32, got {name!r}")
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def _choose_rope(name: str, config: ModelConfig, where: str) -> DualChunkConfig:
-    if name not in ("auto", "dca", "plain"):
-        raise ConfigError(f"rope: expected auto, dca or plain, got {name!r}")
-    if name == "dca" and config.dual_chunk.is_plain:
-        raise ConfigError(
-            f"rope: dca was asked for, but {where}/config.json has no dual_chunk_attention_config"
-        )
-    return PLAIN_ROPE if name == "plain" else config.dual_chunk

@@ -9,7 +9,8 @@ from typing import Any, TypedDict, cast
 from torch import Tensor
 from tqdm import tqdm
 
-from .engine import DTypeName, Engine, RopeName, SpeculativeName
+from .choices import DTypeName, RopeName, SpeculativeName
+from .engine import Engine
 from .errors import RequestError
 from .events import OnProgress
 from .handle import RequestHandle

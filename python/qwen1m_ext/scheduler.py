@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 from .cost_model import CostModel
+from .errors import ConfigError
 from .ops import PAGE_SIZE
 from .residency import Residency
 from .sequence import Piece, Request, Sequence, Step
@@ -27,13 +28,26 @@ SHORT = 0.5
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user chose."""
+    """What the user chose. Raises ConfigError on a value that is not possible."""
 
     chunk_tokens: int  # rows of a step
     max_itl_ms: float | None = None  # most a step may take while something decodes
     max_chunk_ms: float | None = None  # the same while nothing decodes
     max_num_seqs: int = 64  # running at once
     short_share: float = 0.5  # of a step's prefill: for short prompts beside a long one
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.chunk_tokens < 1:
+            raise ConfigError(f"prefill_chunk_tokens: expected >= 1, got {self.chunk_tokens}")
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs: expected >= 1, got {self.max_num_seqs}")
+        if not 0 < self.short_share < 1:
+            raise ConfigError(f"short_share: expected a number in (0, 1), got {self.short_share}")
+        for name in ("max_itl_ms", "max_chunk_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}: expected a number > 0 or None, got {value}")
 
 
 class Scheduler:
