@@ -22,6 +22,7 @@ from .model import Qwen2Model, logits_rows
 from .ops import PAGE_SIZE
 from .sampler import Candidates, rank_tokens
 from .sequence import Piece, Sequence, Step
+from .weights import weight_bytes
 
 
 class _Abandoned(Exception):
@@ -61,6 +62,11 @@ class ModelRunner:
         """
         self._model, self._rotary, self._cache = model, rotary, cache
         self._temperature, self._prefill_work = temperature, prefill_work
+        config = model.config
+        # from here on a step reads more bytes of the cache than of the weights
+        self._long = weight_bytes(config, model.dtype) // config.kv_bytes_per_token(
+            cache.k[0].dtype
+        )
 
     def run(self, step: Step) -> StepResult:
         """Compute a step. Errors stop the requests that they hit; nothing is raised."""
@@ -144,6 +150,12 @@ class ModelRunner:
             sequence, cache = piece.sequence, piece.sequence.cache
             speculator = sequence.speculator
             if speculator is None or cache is None or speculator.ahead:
+                continue
+            # rows of different temperatures read the cache one by one: no gain where that is most
+            apart = self._temperature(sequence, piece.begin) != self._temperature(
+                sequence, piece.end
+            )
+            if apart and piece.end > self._long:
                 continue
             ended = sequence.sampler is not None and sequence.sampler.stops_at(sequence.tokens[-1])
             if ended or not (piece.decode and piece.sample):

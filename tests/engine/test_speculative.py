@@ -336,6 +336,16 @@ def test_plain_rope_and_one_layer(tmp_path: Path) -> None:
     assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
 
 
+def test_no_guess_where_each_row_would_read_a_long_cache(checkpoint: Path, fast: LLM) -> None:
+    """Beyond the trained length, and beyond as many tokens as the weights have bytes for."""
+    plain_rope = LLM(checkpoint, rope="plain", max_model_len=1024, speculative="ngram")
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    prompt = repetitive(900, 5)
+    assert run(fast, prompt, params).metrics.draft_tokens == 0
+    assert run(plain_rope, prompt, params).metrics.draft_tokens > 0
+    assert run(fast, prompt[:200], params).metrics.draft_tokens > 0
+
+
 def test_another_name_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="speculative: expected ngram or None, got 'medusa'"):
         LLM(checkpoint, speculative="medusa")  # type: ignore[arg-type]
