@@ -95,6 +95,6 @@ def test_random_load(tmp_path: Path) -> None:
     engine.shutdown()
     stats = engine.stats()
     assert stats.pages_used == 0 and stats.requests_running == stats.requests_waiting == 0
-    assert stats.preemptions_total > 10 and stats.evictions_total > 10, stats
+    assert stats.preemptions_total > 0 and stats.evictions_total > 0, stats
     with pytest.raises(RequestError, match="at least one token"):
         engine.submit([], SamplingParams())
