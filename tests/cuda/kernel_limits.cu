@@ -10,6 +10,7 @@
 #include "ops/rms_norm/rms_norm_kernel.cuh"
 #include "ops/sample/sample_kernel.cuh"
 #include "ops/sparse_estimate/sparse_estimate_sm80.cuh"
+#include "ops/sparse_plan/sparse_plan_sm80.cuh"
 #include "ops/sparse_prefill/sparse_prefill_gather.cuh"
 #include "ops/sparse_prefill/sparse_prefill_sm80.cuh"
 #include "ops/sparse_prefill/sparse_prefill_sm90.cuh"
@@ -62,3 +63,4 @@ static_assert(fits<EstimateStatisticsSm80<64>, 40960, 2, kSm80>(),
 static_assert(fits<EstimateSumsSm80<128>, 91136, 1, kSm80>(), "sparse_estimate_sums_d128");
 static_assert(fits<EstimateSumsSm80<64>, 50176, 2, kSm80>(), "sparse_estimate_sums_d64");
 static_assert(fits<EstimateCombine, 1024, 2, kSm80>(), "sparse_estimate_combine");
+static_assert(fits<SparsePlanSm80, 33856, 4, kSm80>(), "sparse_plan_kernel");

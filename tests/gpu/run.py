@@ -32,7 +32,8 @@ FUSED_TESTS = [
 ]  # fmt: skip
 OP_TESTS = [
     "tests/ops/test_prefill_attention.py", "tests/ops/test_decode_attention.py",
-    "tests/ops/test_sparse_estimate.py", "tests/ops/test_sparse_prefill.py",
+    "tests/ops/test_sparse_estimate.py", "tests/ops/test_sparse_plan.py",
+    "tests/ops/test_sparse_prefill.py",
     "tests/ops/test_registration.py", *FUSED_TESTS, "tests/ops/test_gpu_refusals.py",
     "tests/cuda/test_gpu_ops.py", "--device=cuda",
 ]  # fmt: skip

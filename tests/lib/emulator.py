@@ -28,6 +28,7 @@ OPS = {
     "rms_norm": ["emu_sm80"],
     "sample": ["emu_sm80"],
     "sparse_estimate": ["emu_sm80"],
+    "sparse_plan": ["emu_sm80"],
     "sparse_prefill": ["emu_sm90", "emu_sm80"],
     "swiglu": ["emu_sm80"],
 }

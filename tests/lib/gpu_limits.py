@@ -90,6 +90,7 @@ DEMANDS: dict[str, Callable[[Case, Any], str | None]] = {
     "rms_norm": _rms_norm,
     "sample": _sample,
     "sparse_estimate": _sparse_estimate,
+    "sparse_plan": lambda _, __: None,
     "sparse_prefill": _sparse_prefill,
     "swiglu": _swiglu,
 }

@@ -67,15 +67,17 @@ def make_plan(
     group: int = 1,
     exact: bool = False,
     fallback: bool = False,
+    device: str = "cpu",
 ) -> Plan:
-    """ops.sparse_plan into new tensors."""
+    """ops.sparse_plan into new tensors, which come back to the host."""
     v_size, s_size = torch.as_tensor(v_size), torch.as_tensor(s_size)
     plan = empty_plan(v_size, s_size, vertical.shape[1], tile_tokens, exact)
-    ops.sparse_plan(
-        *plan.tensors(), vertical, slash, v_size, s_size, segment_begin, chunk_size, local_size,
-        tile_tokens, group, exact, fallback,
-    )  # fmt: skip
-    return plan
+    where = torch_device(device)
+    tensors = [x.to(where) for x in (*plan.tensors(), vertical, slash, v_size, s_size)]
+    operator("sparse_plan", device)(
+        *tensors, segment_begin, chunk_size, local_size, tile_tokens, group, exact, fallback
+    )
+    return Plan(*(x.cpu() for x in tensors[:4]))
 
 
 def plan_of(verticals: list[list[list[int]]], runs: list[list[list[tuple[int, int]]]]) -> Plan:

@@ -16,11 +16,11 @@ from qwen1m_ext import ops
 from reference import sparse as reference
 
 
-def plan_case(case: Case, group: int = 1, **switches: bool) -> Plan:
+def plan_case(case: Case, group: int = 1, device: str = "cpu", **switches: bool) -> Plan:
     """The op on a sparse_prefill case."""
     return make_plan(
         *scores(case), *budgets(case), case["begin"], case["chunk_size"], case["local_size"],
-        case["tile_tokens"], group, **switches,
+        case["tile_tokens"], group, device=device, **switches,
     )  # fmt: skip
 
 
@@ -39,9 +39,11 @@ def assert_lists(plan: Plan, expected: list[tuple[list, list]]) -> None:
     ids=["runs", "exact", "fallback", "exact_fallback"],
 )
 @pytest.mark.parametrize("case", cases("sparse_prefill"))
-def test_matches_definition(case: Case, switches: dict[str, bool]) -> None:
+def test_matches_definition(case: Case, switches: dict[str, bool], device: str) -> None:
     """Budgets, forced entries, ties, stage borders, joined runs, empty stages."""
-    assert_lists(plan_case(case, **switches), reference_plan(case, **switches))
+    if device.startswith("emu") and len(switches) == 1:
+        pytest.skip("emu: none and both of the switches are enough")
+    assert_lists(plan_case(case, device=device, **switches), reference_plan(case, **switches))
 
 
 def test_the_forced_columns_and_diagonals() -> None:
@@ -54,14 +56,16 @@ def test_the_forced_columns_and_diagonals() -> None:
     assert plan.run_list(1, 2) == [(0, 99)]
 
 
-def test_scores_of_every_kind() -> None:
+def test_scores_of_every_kind(device: str) -> None:
     """Negative ones, zeros of both signs, infinities, denormals: the order of numbers."""
     special = torch.tensor([-1.0, 0.0, -0.0, 1e-40, -1e-40, torch.inf, -torch.inf, 3.5, -2.0])
     score = torch.cat([torch.full((30,), -9.0), special])[None]
     order = [35, 37, 33, 31, 32, 34, 30, 38, 36]  # +inf, 3.5, denormal, 0, -0, ...
     slash = torch.zeros_like(score)
     for count in range(len(order) + 1):
-        plan = make_plan(score, slash, [30 + count], [0], 0, ops.INFINITE_CHUNK, 0, 64)
+        plan = make_plan(
+            score, slash, [30 + count], [0], 0, ops.INFINITE_CHUNK, 0, 64, device=device
+        )
         assert plan.vertical_list(0, 2) == [*range(30), *sorted(order[:count])]
 
 
@@ -78,7 +82,7 @@ def test_many_scores_with_ties(seed: int) -> None:
 
 
 @pytest.mark.parametrize("group", [2, 4])
-def test_a_group_shares_one_selection(group: int) -> None:
+def test_a_group_shares_one_selection(group: int, device: str) -> None:
     """Summed scores and the largest budgets, for every head of the group."""
     it = case("sparse_prefill", "three_stages_clustered")
     vertical, slash = scores(it)
@@ -91,16 +95,18 @@ def test_a_group_shares_one_selection(group: int) -> None:
         sizes = max(v_size[heads]), max(s_size[heads])
         lists = reference.plan(*total, *sizes, it["begin"], chunk_len, it["tile_tokens"])
         expected += [lists] * group
-    assert_lists(plan_case(it, group), expected)
+    assert_lists(plan_case(it, group, device), expected)
 
 
-def test_capacities_are_enough_and_not_too_much() -> None:
+def test_capacities_are_enough_and_not_too_much(device: str) -> None:
     """The worst case fits: single diagonals exactly as far apart as runs can be."""
     end, tile = 1300, 64
     slash = torch.zeros(1, end)
     far = torch.arange(100 + tile, end, tile + 1)
     slash[0, far] = 1.0
-    plan = make_plan(slash, slash, [end], [100 + len(far)], 1200, ops.INFINITE_CHUNK, 0, tile)
+    plan = make_plan(
+        slash, slash, [end], [100 + len(far)], 1200, ops.INFINITE_CHUNK, 0, tile, device=device
+    )
     assert int(plan.run_count[0, 2]) == 1 + len(far)
     assert plan.runs.shape[2] - int(plan.run_count[0, 2]) <= 2
 
@@ -147,8 +153,8 @@ def test_refuses(change: dict, text: tuple[str, ...]) -> None:
     refuses(ops.sparse_plan, good_arguments("sparse_plan"), change, ("sparse_plan", *text))
 
 
-def test_nothing_is_written_beyond_the_count() -> None:
+def test_nothing_is_written_beyond_the_count(device: str) -> None:
     """The rest of the lists stays as it was."""
     score = tensor(5, 1, 400).abs()
-    plan = make_plan(score, score, [40], [120], 300, ops.INFINITE_CHUNK, 0, 64)
+    plan = make_plan(score, score, [40], [120], 300, ops.INFINITE_CHUNK, 0, 64, device=device)
     assert (plan.verticals[0, 40:] == -7).all()

@@ -98,6 +98,8 @@ def test_any_rows_of_a_segment_have_the_same_bits(
     it = case("sparse_prefill", name)
     inputs, begin, end = sparse_inputs(it, dtype), it["begin"], it["end"]
     together = run(it, inputs, device=device)
+    if device.startswith("emu") and name == "gqa_7":
+        pytest.skip("emu: a minute; the cases of other heads are enough")
     # A call of an emulated kernel takes a second for what the others do in a millisecond.
     steps = (97,) if device.startswith("emu") else (1, 17, 64, 100)
     for step in steps:

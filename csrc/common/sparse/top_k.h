@@ -9,7 +9,7 @@
 namespace qwen1m {
 
 /// Scores as integers of the same order: -inf .. +inf, then NaN of positive sign.
-inline uint32_t score_order(float score) {
+constexpr uint32_t score_order(float score) {
   const uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 becomes 0
   return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
 }
