@@ -144,7 +144,7 @@ def test_other_methods(server, method):
 
 
 @pytest.mark.soak
-@fuzz(3000)
+@fuzz(1000)
 @given(case=bodies())
 def test_any_fields_for_long(server, case):
     path, body = case
