@@ -154,6 +154,7 @@ class _RefiningAttention(SparseAttention):
             for statistics in (self.total, self.rows, self.keys):
                 statistics[layer, low] = 0
             self.raised += int(low.sum())
+        columns = columns.clamp(max=end)
         self.keys[layer] += (columns - self.keys[layer]) * (len(recall) / count)
         self.total[layer], self.rows[layer] = total, count
         return selection
@@ -161,7 +162,11 @@ class _RefiningAttention(SparseAttention):
     def _try(
         self, stored: Stored, end: int, samples: Samples, v_size: Tensor, s_size: Tensor
     ) -> tuple[Selection, Tensor, Tensor]:
-        """(selection, [rows, q_heads] recall, [q_heads] keys per row) of some budgets."""
+        """(selection, [rows, q_heads] recall, [q_heads] keys per tile) of some budgets.
+
+        The keys are those far from the prompt's beginning, so that a choice made in the first
+        window is right in the last.
+        """
         selection = self.select(end, v_size, s_size)
         recall = []
         for segment, token, q, full in samples:

@@ -65,14 +65,15 @@ class Selection:
         return vertical_count, self.runs.clamp(max=end), run_count
 
     def columns(self, tile_tokens: int) -> Tensor:
-        """Keys that a full tile at the window's end loads, per head: [q_heads] float64.
+        """Keys that a full tile loads far from the prompt's beginning, per head: [q_heads] float64.
 
-        An upper bound: columns inside a run are counted twice.
+        A tile at the window's end loads no more, and no more than the window's end. An upper bound:
+        columns inside a run are counted twice.
         """
         used = torch.arange(self.runs.shape[2]) < self.run_count[:, :1]
         length = (self.runs[:, 0, :, 1] - self.runs[:, 0, :, 0]).double() + tile_tokens - 1
         columns = (self.verticals < self.end).sum(1)
-        return ((length * used).sum(1) + columns).clamp(max=self.end)
+        return (length * used).sum(1) + columns
 
 
 class WindowGrid:
