@@ -109,7 +109,7 @@ def command_of(stage: str) -> list[str] | str:
         "build": [
             "cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count()), "--target", "_C",
             "_host", "conformance_gpu", "decode_attention_bench", "fused_bench",
-            "prefill_attention_bench", "tma_bandwidth_bench",
+            "prefill_attention_bench", "sparse_prefill_bench", "tma_bandwidth_bench",
         ],
         "package": [
             "cmake", "--install", str(BUILD), "--component", "python",
@@ -142,6 +142,9 @@ def command_of(stage: str) -> list[str] | str:
             "--json", str(OUT / "decode_attention_sdpa.json"),
         ],
         "bench-sdpa": [sys.executable, sdpa, "--json", str(OUT / "prefill_attention_sdpa.json")],
+        "bench-sparse": program(
+            "sparse_prefill_bench", "--json", str(OUT / "sparse_prefill.json"), *bench_ceiling()
+        ),
         "bench-kernel": program(
             "prefill_attention_bench", "--json", str(OUT / "prefill_attention.json"),
             *bench_ceiling(),
@@ -154,6 +157,7 @@ STAGES = (
     "device", "configure", "build", "package", "doctor", "stream", "conformance", "ops", "ops-sm80",
     "kernels", "memcheck", "racecheck", "synccheck", "bench-tma", "bench-fused",
     "bench-norms", "bench-decode", "bench-decode-sdpa", "bench-sdpa", "bench-kernel",
+    "bench-sparse",
 )  # fmt: skip
 
 
