@@ -31,7 +31,6 @@ class Estimate {
                  .v_cache = nullptr,
                  .dtype = p.q.dtype,
                  .cache_dtype = p.k_cache.dtype,
-                 .cache_dtype = p.k_cache.dtype,
                  .q_token_stride = p.q.stride(0),
                  .q_head_stride = p.q.stride(1),
                  .kv_heads = p.k_cache.size(1),
