@@ -88,7 +88,9 @@ def _report(output: RequestOutput, sample: Sample) -> None:
     kind = "sparse" if metrics.sparse else "dense"
     recall = "" if metrics.recall is None else f", recall {metrics.recall:.1%}"
     verdict = "CORRECT" if is_correct(text, sample) else "WRONG"
-    print(f"{kind:<8}  {text.strip()}   (expected {sample.answer})   {verdict}")
+    print(
+        f"{kind:<8}  {text.strip().partition(chr(10))[0]}   (expected {sample.answer})   {verdict}"
+    )
     print(
         f"          {metrics.prompt_tokens:,} + {metrics.output_tokens} tokens, prefill "
         f"{format_seconds(metrics.prefill_seconds)} "
