@@ -119,6 +119,31 @@ class Core:
 
     def status(self, request: Request) -> RequestStatus:
         """A request at this moment."""
+        mine = (request.priority, request.arrival)
+        ahead = 0.0
+        if request.started is None:
+            others = tuple(self.requests.values())
+            ahead = sum(self._left(r) for r in others if (r.priority, r.arrival) < mine)
+        return self._status(request, ahead)
+
+    def statuses(self) -> dict[str, RequestStatus]:
+        """Every request that is not released, by id, at this moment."""
+        ahead, result = 0.0, {}
+        in_order = sorted(tuple(self.requests.values()), key=lambda r: (r.priority, r.arrival))
+        for request in in_order:
+            result[request.request_id] = self._status(request, ahead)
+            ahead += self._left(request)
+        return result
+
+    def _left(self, request: Request) -> float:
+        """Predicted seconds of the rest of its prefill."""
+        if request.prefilled:
+            return 0.0
+        work = self.scheduler.cost.prefill_seconds
+        return work(int(request.done), len(request.prompt), request.policy.sparse)
+
+    def _status(self, request: Request, ahead: float) -> RequestStatus:
+        """`ahead`: predicted seconds of the prefills in front of it."""
         total = len(request.prompt)
         done = min(total, int(request.done))
         outputs = request.metrics.output_tokens
@@ -138,11 +163,7 @@ class Core:
             else:
                 eta = work(done, total, sparse)
         else:
-            state, mine = "queued", (request.priority, request.arrival)
-            ahead = [r for r in tuple(self.requests.values()) if (r.priority, r.arrival) < mine]
-            eta = work(0, total, sparse) + sum(
-                work(int(r.done), len(r.prompt), r.policy.sparse) for r in ahead if not r.prefilled
-            )
+            state, eta = "queued", ahead + work(0, total, sparse)
         return RequestStatus(request.request_id, state, done, total, request.cached, eta, outputs)
 
     def shutdown(self, drain: bool) -> None:
@@ -254,8 +275,7 @@ class Core:
     def _take_released(self) -> bool:
         residency = self.scheduler.residency
         taken, residency.released = residency.released, []
-        for sequence in taken:
-            request = sequence.request
+        for request in dict.fromkeys(sequence.request for sequence in taken):
             if all(s.released for s in request.samples):
                 self._prompt_tokens += len(request.prompt)
                 self._cached_tokens += request.cached

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,8 @@ from .config import load_config, load_generation_config
 from .core import Core, Span
 from .cost_model import CostModel
 from .errors import ConfigError, ContextTooLong, MemoryBudgetError, RequestError
-from .events import EngineStats, OnEvent, OnProgress
+from .events import EngineStats, OnEvent, OnProgress, RequestStatus
+from .grammar import GrammarCompiler
 from .handle import RequestHandle
 from .kv_cache import KVCache, pages_for
 from .memory import available_bytes, format_bytes
@@ -185,6 +188,8 @@ class Engine:
         facts = (self.config, self.dual_chunk, self.dtype, ops.PAGE_SIZE, fingerprint(weights))
         self.model_key = blake2b(repr(facts).encode(), digest_size=32).digest()
         self._numbers = itertools.count(1)
+        self._grammars: GrammarCompiler | None = None
+        self._grammar_lock = threading.Lock()
         self._core = self._build_core(
             replace(limits, chunk_tokens=self.chunk_tokens), enable_prefix_caching
         )
@@ -271,8 +276,10 @@ class Engine:
         session: Session | None = None,
         pin: bool = False,
         logits_processor: Callable[[int], LogitsProcessor] | None = None,
+        json_schema: dict[str, Any] | None = None,
         on_event: OnEvent | None = None,
         on_progress: OnProgress | None = None,
+        on_release: Callable[[], None] | None = None,
     ) -> RequestHandle:
         """Queue a request; returns at once.
 
@@ -285,12 +292,15 @@ class Engine:
             session: a cache to continue in, and to leave prompt and output in.
             pin: keep the prompt's full pages from eviction until `unpin(request_id)`.
             logits_processor: makes one for each sample index; see `sampler.LogitsProcessor`.
+            json_schema: what the output must be a document of; excludes `logits_processor`.
             on_event: takes the events instead of the handle; see `events.OnEvent`.
             on_progress: takes the `Progress` events; see `events.OnProgress`.
+            on_release: called when all that the request held is given back (`RequestHandle.wait`).
 
         Raises:
-            As `check`; RequestError: also when the pin would be too large or the id is in use.
-            BackendError: the engine is shut down.
+            As `check`; RequestError: also when the pin would be too large, the id is in use or the
+                schema cannot be expressed.
+            BackendError: the engine is shut down, or llguidance is not installed.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -300,6 +310,8 @@ class Engine:
             token_ids = list(prompt)
         params = self.default_sampling_params() if params is None else params
         self.check(token_ids, params)
+        if json_schema is not None:
+            logits_processor = self._grammar_compiler().json_schema(json_schema)
         scorer = None
         if params.prompt_logprobs is not None:
             scorer = PromptScorer(self.model, token_ids, params.prompt_logprobs)
@@ -313,7 +325,18 @@ class Engine:
             sample.sampler = Sampler(params, token_ids, stop_ids, sample.index, processor)
             if self._speculative:
                 sample.speculator = NgramSpeculator()
-        return self._start(request, prompt_text, on_event, on_progress)
+        return self._start(request, prompt_text, on_event, on_progress, on_release)
+
+    def _grammar_compiler(self) -> GrammarCompiler:
+        """Made when it is first needed."""
+        if self.tokenizer is None:
+            raise RequestError("json_schema: expected none, as no tokenizer is loaded")
+        with self._grammar_lock:
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(
+                    self.tokenizer, self.config.vocab_size, sorted(self.eos_token_ids)
+                )
+            return self._grammars
 
     def _request(
         self,
@@ -358,6 +381,7 @@ class Engine:
         prompt_text: str | None = None,
         on_event: OnEvent | None = None,
         on_progress: OnProgress | None = None,
+        on_release: Callable[[], None] | None = None,
     ) -> RequestHandle:
         core = self._core
         request.handle = RequestHandle(
@@ -368,6 +392,7 @@ class Engine:
             lambda: core.cancel(request),
             lambda: core.status(request),
             on_event,
+            on_release,
         )
         request.on_progress = on_progress or request.handle.emit
         core.submit(request)
@@ -389,6 +414,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """Queues, pages and totals at this moment."""
         return self._core.stats()
+
+    def statuses(self) -> dict[str, RequestStatus]:
+        """Every request that is not finished, by id."""
+        return self._core.statuses()
 
     def trace(self) -> list[Span]:
         """Begin to note what each thread does and when; the list grows from now on."""

@@ -27,13 +27,14 @@ class RequestHandle:
         cancel: Callable[[], None],
         status: Callable[[], RequestStatus],
         on_event: OnEvent | None = None,
+        on_release: Callable[[], None] | None = None,
     ) -> None:
         """For the engine: `cancel` and `status` reach into it."""
         self.request_id = request_id
         self.prompt, self.prompt_token_ids, self.params = prompt, prompt_token_ids, params
         self._cancel, self._status = cancel, status
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._released = threading.Event()
+        self._released, self._on_release = threading.Event(), on_release
         self.emit: OnEvent = on_event or self._events.put
 
     def cancel(self) -> None:
@@ -49,8 +50,10 @@ class RequestHandle:
         return self._released.wait(timeout)
 
     def release(self) -> None:
-        """For the engine: let `wait` return."""
+        """For the engine: let `wait` return, and tell whoever asked to be told."""
         self._released.set()
+        if self._on_release is not None:
+            self._on_release()
 
     def events(self) -> Iterator[Event]:
         """Every event, waiting for each; the last one is `Finished`."""

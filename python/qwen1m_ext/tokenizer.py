@@ -61,7 +61,8 @@ class Tokenizer:
             raise RequestError(
                 f"prompt: expected Unicode text, got a lone surrogate at character {error.start}"
             ) from None
-        return list(self._tokenizer.encode(text).ids)
+        # encode_batch lets other threads run meanwhile, encode would stop them for seconds
+        return list(self._tokenizer.encode_batch([text])[0].ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD."""

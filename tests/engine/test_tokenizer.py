@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,14 @@ def test_bytes_of_single_tokens(checkpoint):
     assert b"".join(map(tokenizer.token_bytes, ids)) == "a\u00fc\u65e5".encode()
     assert tokenizer.token_bytes(ids[1]) == b"\xc3"
     assert tokenizer.token_bytes(258) == b"<|im_end|>"
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    """A server's event loop must not stand still for the seconds that a million tokens take."""
+    encoding = threading.Thread(target=tokenizer.encode, args=("the sea " * 100_000,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10  # with the interpreter's lock held all the time: one or two

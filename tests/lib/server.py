@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,18 @@ class ServerProcess:
         raise AssertionError(f"the server is not ready after 120 s: {self.log.read_text()[-3000:]}")
 
     @property
-    def worker(self) -> int:
-        """Process id of the server itself; `process` is its supervisor."""
+    def engine_pid(self) -> int | None:
+        """The process that computes; None while there is none."""
         pid = self.process.pid
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        children: list[str] = []
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children += task.read_text().split()
+        for child in children:
+            with contextlib.suppress(OSError):
+                if b"engine_worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return int(child)
+        return None
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
@@ -102,6 +112,17 @@ class ServerProcess:
                 return True
             time.sleep(0.05)
         return False
+
+
+def wait_for(predicate: Callable[[], Any], seconds: float = 30) -> Any:
+    """The first true value of a predicate; an AssertionError if there is none in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = predicate()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("it did not happen in time")
 
 
 def open_files(pid: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import threading
 import time
 import urllib.error
 
-import httpx
 import openai
 import pytest
 
@@ -168,59 +166,6 @@ def test_slow_readers_do_not_hold_up_others(server, client):
     assert done.wait(60)
     connection.close()
     assert server.settled("qwen1m:num_requests_running", 0)
-
-
-def test_a_server_that_is_killed_is_started_again(tmp_path):
-    """Kill -9 in the middle of a prefill and of a decode: errors at once, and a new server."""
-    with ServerProcess(tmp_path / "log", *SMALL, "--max-num-seqs", "4") as server:
-        client = server.client()
-        decoding = client.completions.create(
-            model="demo_model", prompt="x", max_tokens=3500, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        next(decoding)
-        trouble: list[BaseException] = []
-
-        def prefilling() -> None:
-            try:
-                server.client().completions.create(
-                    model="demo_model", prompt="y" * 3000, max_tokens=1000,
-                    extra_body={"ignore_eos": True},
-                )  # fmt: skip
-            except openai.APIError as error:
-                trouble.append(error)
-
-        thread = threading.Thread(target=prefilling)
-        thread.start()
-        time.sleep(0.2)
-        first, start = server.worker, time.monotonic()
-        os.kill(first, signal.SIGKILL)
-        with pytest.raises((openai.APIError, httpx.HTTPError)):
-            list(decoding)
-        thread.join(5)
-        assert trouble and time.monotonic() - start < 5
-        # The port has never been closed: this request waits for the next process.
-        end = time.monotonic() + 60
-        while True:
-            try:
-                answer = client.completions.create(model="demo_model", prompt="x", max_tokens=1)
-                break
-            except openai.InternalServerError as error:  # 503: the model is being loaded
-                assert error.status_code == 503 and time.monotonic() < end
-                time.sleep(0.1)
-        assert answer.choices and server.worker != first
-        assert "signal 9" in (tmp_path / "log").read_text()
-
-        os.kill(server.process.pid, signal.SIGKILL)  # nor does a server outlive its parent
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            try:
-                server.get("/health")
-            except OSError:
-                break
-            time.sleep(0.05)
-        else:
-            raise AssertionError("still there")
 
 
 def test_a_port_that_is_taken(server):

@@ -6,13 +6,13 @@ import http.client
 import json
 import random
 import threading
-import time
 import urllib.error
 
 import openai
 import pytest
 
-from lib.server import ServerProcess
+from lib.server import ServerProcess, wait_for
+from qwen1m_ext import LLM, SamplingParams, demo_model_path
 from qwen1m_ext.haystack import held_out_text
 
 MODEL = "demo_model"
@@ -33,16 +33,6 @@ def raw_stream(server: ServerProcess, body: dict, headers: dict | None = None):
         {"Content-Type": "application/json"} | (headers or {}),
     )
     return connection, connection.getresponse()
-
-
-def wait_for(predicate, seconds: float = 30):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        value = predicate()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError("it did not happen in time")
 
 
 def test_headers_at_once_then_comments_and_progress(server):
@@ -116,14 +106,17 @@ def test_status_from_outside_and_cancel(server):
     assert server.get("/v1/requests/mine-1")["state"] == "cancelled"  # remembered
     assert server.settled("qwen1m:num_requests_running", 0)
 
-    # What was computed is not lost: an identical retry goes on where it was.
-    connection, response = raw_stream(
-        server, {"prompt": prompt, "max_tokens": 1, "stream_options": {"include_usage": True}}
-    )
-    lines = response.read().decode().splitlines()
-    connection.close()
-    usage = json.loads([line for line in lines if '"usage"' in line][-1][6:])["usage"]
-    assert usage["prompt_tokens_details"]["cached_tokens"] >= 2048
+    # What was computed is not lost: an identical retry goes on where it was, to the same answer.
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1}
+    retry = server.post("/v1/completions", body)
+    assert retry["usage"]["prompt_tokens_details"]["cached_tokens"] >= 2048
+    llm = LLM(demo_model_path(), dtype="float32", max_model_len=9000)
+    params = SamplingParams(max_tokens=8, temperature=0, logprobs=1)
+    alone = llm.generate(prompt, params)[0].outputs[0]
+    assert retry["choices"][0]["text"] == alone.text
+    rows = zip(alone.token_ids, alone.logprobs, strict=True)
+    expected = [row[token].logprob for token, row in rows]
+    assert retry["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_unknown_requests(server):

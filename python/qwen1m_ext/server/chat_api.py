@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ..engine_process import SessionProxy
 from ..events import Event, OutputDelta
-from ..sessions import Session
 from .errors import ApiError
 from .generation import Generation
 from .logprobs import chat_logprobs
@@ -104,7 +104,7 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
 
-        def prompts(session: Session | None) -> list[Prompt]:
+        def prompts(session: SessionProxy | None) -> list[Prompt]:
             if not body.continue_session:
                 return [chat_prompt(service.tokenizer, body.messages)]
             if session is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve, in a process that is started again when it dies."""
-    from .supervise import listen, supervise
-
-    with listen(args.host, args.port) as listener:
-        return supervise(lambda: _serve(args, listener))
-
-
-def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
-    """Serve, in this process."""
+    """Serve."""
     try:
-        from .run import run_server
+        from .run import listen, run_server
         from .settings import Settings
     except ImportError as error:
         raise BackendError(
@@ -93,4 +84,5 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> int:
         session_dir=args.session_dir or default_session_dir(),
         engine=engine,
     )
-    return run_server(settings, listener)
+    with listen(args.host, args.port) as listener:
+        return run_server(settings, listener)

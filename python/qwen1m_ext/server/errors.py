@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from ..errors import ContextTooLong, MemoryBudgetError, RequestError, SessionFileError
+from ..errors import BackendError, ContextTooLong, MemoryBudgetError, RequestError, SessionFileError
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(409, str(error), param="session", code="session_file_refused")
     if isinstance(error, MemoryBudgetError):
         return ApiError(503, str(error), code="out_of_memory", retry_after=10)
+    if isinstance(error, BackendError):  # the engine's process died; another is being started
+        return ApiError(503, str(error), code="engine_unavailable", retry_after=5)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ApiError(507, f"no room to write: {error}", code="storage_full")
     log.error("request failed", exc_info=error)
@@ -114,7 +116,14 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, known)
-    for kind in (ApiError, RequestError, SessionFileError, MemoryBudgetError, OSError):
+    for kind in (
+        ApiError,
+        RequestError,
+        SessionFileError,
+        MemoryBudgetError,
+        BackendError,
+        OSError,
+    ):
         app.add_exception_handler(kind, known)
 
 

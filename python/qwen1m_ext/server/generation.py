@@ -7,12 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ..engine import Engine
+from ..engine_process import EngineProcess, SessionProxy
 from ..events import Event, Finished, OutputDelta, Progress
 from ..handle import RequestHandle
 from ..request import RequestMetrics, SamplingParams
-from ..sampler import LogitsProcessor
-from ..sessions import Session
 from .errors import CLIENT_CLOSED, ApiError
 from .metrics import Metrics
 from .prompts import Prompt
@@ -32,7 +30,7 @@ class Generation:
         self.created = time.time()
         self.cancelled = False
         self.results: list[RequestMetrics] = []
-        self.session: Session | None = None
+        self.session: SessionProxy | None = None
         self.on_close: Callable[[], None] | None = None
         self._metrics, self._progress = metrics, progress
         self._handles: list[RequestHandle] = []
@@ -42,12 +40,12 @@ class Generation:
 
     def submit(
         self,
-        engine: Engine,
+        engine: EngineProcess,
         params: SamplingParams,
         *,
         priority: int,
         pin: bool,
-        mask: Callable[[int], LogitsProcessor] | None,
+        json_schema: dict[str, Any] | None,
     ) -> None:
         """Hand `prompts` to the engine; blocks for a moment, so call it on a worker thread.
 
@@ -67,7 +65,7 @@ class Generation:
                     request_id=self.request_id + suffix,
                     session=self.session,
                     pin=pin,
-                    logits_processor=mask,
+                    json_schema=json_schema,
                     on_event=self._receiver(index),
                 )
                 self._handles.append(handle)
@@ -80,7 +78,7 @@ class Generation:
             self.cancel()
 
     def _receiver(self, index: int) -> Callable[[Event], None]:
-        """What the engine's threads call with the events of one prompt."""
+        """What the engine's thread calls with the events of one prompt."""
         submitted = time.perf_counter()
         last_progress = 0.0
         last_token: dict[int, float] = {}  # by sample

@@ -39,7 +39,7 @@ def router(service: Service) -> APIRouter:
             "local_size": dual_chunk.local_size,
             "original_max_position_embeddings": dual_chunk.original_max_position_embeddings,
         }  # fmt: skip
-        attention["prefill"] = engine.policy.describe()
+        attention["prefill"] = engine.prefill
         return {
             "id": service.settings.served_name,
             "object": "model",
@@ -47,7 +47,7 @@ def router(service: Service) -> APIRouter:
             "owned_by": "qwen1m_ext",
             "max_model_len": engine.max_model_len,
             "attention": attention,
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            "dtype": engine.dtype,
         }
 
     @routes.get("/", include_in_schema=False)
@@ -103,17 +103,17 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> Response:
-        """200 while the process is alive and its engine has not failed."""
+        """200 while there is an engine or will be one: loading, ok, restarting or draining."""
         if service.failure is not None:
-            raise ApiError(503, f"there is no engine: {service.failure}")
-        return json_response({"status": "draining" if service.draining else "ok"})
+            raise ApiError(503, f"there is no engine: {service.failure}", code="engine_failed")
+        return json_response({"status": service.state})
 
     @routes.get("/ready")
     async def ready() -> Response:
-        """200 when requests are taken; 503 while loading and draining."""
+        """200 when requests are taken; 503 while loading, restarting and draining."""
         if service.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=30)
-        service.engine  # noqa: B018 - raises while it loads
+        service.engine  # noqa: B018 - raises while there is none
         return json_response({"status": "ready"})
 
     @routes.get("/version")

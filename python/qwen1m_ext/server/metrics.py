@@ -43,10 +43,17 @@ class Metrics:
         self,
         stats: Callable[[], EngineStats | None],
         running: Callable[[], list[dict[str, Any]]],
+        restarts: Callable[[], int],
     ) -> None:
-        """`stats` of the engine (None while it loads); `running`: status of every request."""
+        """Prepare.
+
+        Args:
+            stats: of the engine; None while it loads.
+            running: status of every request.
+            restarts: how often the engine's process has been replaced.
+        """
         self.registry = CollectorRegistry()
-        self._stats, self._running = stats, running
+        self._stats, self._running, self._restarts = stats, running, restarts
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram("qwen1m:" + name, text, buckets=buckets, registry=self.registry)
@@ -86,6 +93,11 @@ class Metrics:
                 yield GaugeMetricFamily("qwen1m:" + name, text, read(stats))
             for name, (text, read) in _COUNTERS.items():
                 yield CounterMetricFamily("qwen1m:" + name, text, read(stats))
+        yield CounterMetricFamily(
+            "qwen1m:engine_restarts",
+            "Engine processes that died and were replaced",
+            self._restarts(),
+        )
         prefills = [
             s for s in self._running() if s["state"] in ("queued", "prefill") and s["total"]
         ]

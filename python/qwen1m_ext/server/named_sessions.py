@@ -9,17 +9,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine
+from ..engine_process import EngineProcess, SessionProxy
 from ..errors import SessionFileError
 from ..session_files import (
     SessionInfo,
     list_sessions,
-    load_session,
     remove_session,
-    save_session,
     session_path,
 )
-from ..sessions import Session
 from .errors import ApiError
 
 PATIENCE_SECONDS = 2.0
@@ -28,7 +25,7 @@ PATIENCE_SECONDS = 2.0
 
 @dataclass
 class _Open:
-    session: Session
+    session: SessionProxy
     users: int = 0  # requests that run in it or wait for it
     saving: bool = False
     created: float = field(default_factory=time.time)
@@ -42,14 +39,16 @@ class NamedSessions:
         self.directory = directory
         self._open: dict[str, _Open] = {}
 
-    def open(self, engine: Engine, name: str, freeze_temperature: bool) -> dict[str, Any]:
+    async def open(
+        self, engine: EngineProcess, name: str, freeze_temperature: bool, work: Any
+    ) -> dict[str, Any]:
         """A new, empty session."""
         self._check_new(name)
-        session = engine.open_session(freeze_temperature=freeze_temperature)
-        self._open[name] = _Open(session)
+        session = await work(lambda: engine.open_session(freeze_temperature=freeze_temperature))
+        self._add(name, session)
         return self.describe(name)
 
-    def use(self, name: str, alone: bool) -> tuple[Session, Callable[[], None]]:
+    def use(self, name: str, alone: bool) -> tuple[SessionProxy, Callable[[], None]]:
         """(session, what to call when the request has ended); `alone`: while nobody else does."""
         entry = self._get(name)
         if alone and entry.users:
@@ -70,30 +69,27 @@ class NamedSessions:
         del self._open[name]
         entry.session.close()
 
-    async def save(self, engine: Engine, name: str, work: Any) -> SessionInfo:
+    async def save(self, engine: EngineProcess, name: str, work: Any) -> SessionInfo:
         """Write an open session to disk."""
         entry = self._get(name)
         await self._until_idle(name, entry)
         entry.saving = True
         try:
             info: SessionInfo = await work(
-                lambda: save_session(engine, entry.session, self.directory, name)
+                lambda: engine.save_session(entry.session, self.directory, name)
             )
         finally:
             entry.saving = False
         return info
 
-    async def load(self, engine: Engine, name: str, work: Any) -> dict[str, Any]:
+    async def load(self, engine: EngineProcess, name: str, work: Any) -> dict[str, Any]:
         """Open a session from its file."""
         self._check_new(name)
         path = session_path(self.directory, name)
         if not path.is_file():
             raise ApiError(404, f"session: there is no saved session {name!r}", param="session")
-        session = await work(lambda: load_session(engine, path))
-        if name in self._open:
-            session.close()
-            raise ApiError(409, f"session: {name!r} was opened meanwhile", param="session")
-        self._open[name] = _Open(session)
+        session = await work(lambda: engine.load_session(path))
+        self._add(name, session)
         return self.describe(name)
 
     def remove(self, name: str) -> None:
@@ -112,7 +108,7 @@ class NamedSessions:
             "id": name,
             "object": "session",
             "created": int(entry.created),
-            "num_tokens": len(session.token_ids),
+            "num_tokens": session.num_tokens,
             "requests": entry.users,
             "freeze_temperature": session.freeze_temperature,
             "temperature": session.temperature,
@@ -120,7 +116,7 @@ class NamedSessions:
 
     def open_ones(self) -> list[dict[str, Any]]:
         """Every open session."""
-        return [self.describe(name) for name in self._open]
+        return [self.describe(name) for name, one in self._open.items() if not one.session.lost]
 
     def saved_ones(self) -> list[dict[str, Any]]:
         """Every file; one that cannot be read comes with its `error`."""
@@ -134,11 +130,20 @@ class NamedSessions:
     def _get(self, name: str) -> _Open:
         if name not in self._open:
             raise ApiError(404, f"session: there is no open session {name!r}", param="session")
+        if self._open[name].session.lost:
+            message = f"session: {name!r} was lost when the engine had to be restarted"
+            raise ApiError(404, message, param="session", code="session_lost")
         return self._open[name]
+
+    def _add(self, name: str, session: SessionProxy) -> None:
+        if name in self._open and not self._open[name].session.lost:
+            session.close()
+            raise ApiError(409, f"session: {name!r} was opened meanwhile", param="session")
+        self._open[name] = _Open(session)
 
     def _check_new(self, name: str) -> None:
         session_path(self.directory, name)  # a name that can be saved
-        if name in self._open:
+        if name in self._open and not self._open[name].session.lost:
             raise ApiError(409, f"session: {name!r} is already open", param="session")
 
     async def _until_idle(self, name: str, entry: _Open) -> None:

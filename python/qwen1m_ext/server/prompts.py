@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..engine import Engine
+from ..engine_process import EngineProcess, SessionProxy
 from ..errors import ContextTooLong, RequestError
 from ..grammar import ANY_OBJECT
 from ..request import SamplingParams
-from ..sessions import Session
 from ..tokenizer import Tokenizer
 from .errors import ApiError
 from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody
@@ -41,7 +40,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: list[ChatMessage], generate: boo
 
 
 def continued_prompt(
-    engine: Engine, tokenizer: Tokenizer, session: Session, messages: list[ChatMessage]
+    engine: EngineProcess, tokenizer: Tokenizer, session: SessionProxy, messages: list[ChatMessage]
 ) -> Prompt:
     """New messages after the tokens of a session, whose text nobody has to send again.
 
@@ -54,8 +53,9 @@ def continued_prompt(
     _, found, turn = rendered.partition(answer)
     if not found:
         raise ApiError(400, "continue_session: the chat template leaves out earlier answers")
-    drawn = [token for token in session.drawn if token not in engine.eos_token_ids]
-    return Prompt(None, session.token_ids + drawn + tokenizer.encode(turn))
+    cached, drawn = session.tokens()
+    drawn = [token for token in drawn if token not in engine.eos_token_ids]
+    return Prompt(None, cached + drawn + tokenizer.encode(turn))
 
 
 def completion_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Prompt]:
@@ -79,7 +79,7 @@ def completion_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Promp
     return prompts
 
 
-def sampling_params(engine: Engine, body: GenerationBody) -> SamplingParams:
+def sampling_params(engine: EngineProcess, body: GenerationBody) -> SamplingParams:
     """The checkpoint's defaults, with what the body says.
 
     Raises:
@@ -143,7 +143,7 @@ def json_schema(body: GenerationBody) -> dict[str, object] | None:
     return _schema_of(body)
 
 
-def check_room(engine: Engine, prompt: Prompt, max_tokens: int | None) -> None:
+def check_room(engine: EngineProcess, prompt: Prompt, max_tokens: int | None) -> None:
     """Refuse, with both numbers, what `max_model_len` would cut short.
 
     Raises:

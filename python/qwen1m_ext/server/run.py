@@ -10,10 +10,10 @@ from types import FrameType
 import uvicorn
 
 from ..config import load_config
+from ..errors import BackendError
 from .app import create_app
 from .service import Service
 from .settings import Settings
-from .supervise import CRASHED
 
 
 class Server(uvicorn.Server):
@@ -45,12 +45,27 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """The listening socket. Raises BackendError if the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        raise BackendError(f"serve: cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
 def run_server(settings: Settings, listener: socket.socket) -> int:
     """Serve on a listening socket until a signal; returns the exit status.
 
     Raises:
         ConfigError: the checkpoint is none; seen before anything is started.
-        Whatever kept the model from being loaded.
+        Whatever kept the model from being loaded, or from being loaded again.
     """
     load_config(settings.model_dir)
 
@@ -78,10 +93,8 @@ def run_server(settings: Settings, listener: socket.socket) -> int:
     )
     server = Server(config)
     server.service = service
-    service.on_crash = lambda: setattr(server, "should_exit", True)
+    service.on_failure = lambda: setattr(server, "should_exit", True)
     server.run(sockets=[listener])
-    if service.crashed:
-        return CRASHED
     if service.failure is not None:
         raise service.failure
     return 0 if server.started else 1

@@ -1,4 +1,4 @@
-"""The server's state: the engine while it loads and after, requests, sessions, admission."""
+"""The server's state: the engine while it loads, serves and restarts; requests; admission."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from ..engine import Engine
-from ..grammar import GrammarCompiler
-from ..sampler import LogitsProcessor
-from ..sessions import Session
+from ..engine_child import EngineState
+from ..engine_process import EngineProcess, SessionProxy
 from ..tokenizer import Tokenizer
 from .errors import ApiError
 from .generation import Generation
@@ -41,41 +39,67 @@ class Service:
         self.settings = settings
         self.registry = Registry()
         self.metrics = Metrics(
-            lambda: self._engine.stats() if self._engine else None, self.registry.running
+            lambda: self._engine.stats() if self._engine else None,
+            self.registry.running,
+            lambda: self._engine.restarts if self._engine else 0,
         )
         self.sessions = NamedSessions(settings.session_dir)
         self.draining = False
-        self.failure: BaseException | None = None  # why there is no engine
-        self.crashed = False  # there was one, but its threads have ended in `failure`
-        self.on_crash: Callable[[], None] = lambda: None
-        self._engine: Engine | None = None
-        self._grammars: GrammarCompiler | None = None
+        self.failure: BaseException | None = None  # why there is no engine, and will be none
+        self.on_failure: Callable[[], None] = lambda: None  # after it had been loaded
+        self._engine: EngineProcess | None = None
         self._workers = ThreadPoolExecutor(WORKERS, "qwen1m-server")
 
     # --- life ---
 
     async def load(self) -> None:
         """Load the model; on failure `failure` says why."""
+        loop = asyncio.get_running_loop()
+
+        def on_state(state: EngineState) -> None:
+            loop.call_soon_threadsafe(self._on_state, state)
+
         try:
             self._engine = await self.work(
-                lambda: Engine(self.settings.model_dir, **self.settings.engine)
+                lambda: EngineProcess(
+                    self.settings.model_dir, on_state=on_state, **self.settings.engine
+                )
             )
         except Exception as error:
             self.failure = error
 
+    def _on_state(self, state: EngineState) -> None:
+        """The engine's process has ended, or has been replaced."""
+        log.warning("the engine is %s", state)
+        if state == "failed" and self._engine is not None:
+            self.failure = self._engine.failure
+            self.on_failure()
+
     @property
-    def engine(self) -> Engine:
-        """The engine. Raises ApiError 503 while it loads."""
+    def engine(self) -> EngineProcess:
+        """The engine. Raises ApiError 503 while it loads or restarts, and when it has failed."""
+        if self.failure is not None:
+            raise ApiError(503, str(self.failure), code="engine_failed")
         if self._engine is None:
             raise ApiError(503, "the model is being loaded", code="not_ready", retry_after=5)
+        if self._engine.state != "ready":
+            message = "the engine had to be restarted; the model is being loaded again"
+            raise ApiError(503, message, code="restarting", retry_after=5)
         return self._engine
+
+    @property
+    def state(self) -> str:
+        """For /health: "loading", "ok", "restarting", "draining"."""
+        if self.draining:
+            return "draining"
+        if self._engine is None:
+            return "loading"
+        return "ok" if self._engine.state == "ready" else self._engine.state
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The engine's tokenizer."""
-        tokenizer = self.engine.tokenizer
-        assert tokenizer is not None
-        return tokenizer
+        return self.engine.tokenizer
 
     async def drain(self, seconds: float) -> None:
         """Let running requests finish, for so long; cancel what is left then."""
@@ -135,7 +159,7 @@ class Service:
         request: Request,
         body: GenerationBody,
         prefix: str,
-        prompts: Callable[[Session | None], list[Prompt]],
+        prompts: Callable[[SessionProxy | None], list[Prompt]],
         *,
         alone: bool = False,
     ) -> Generation:
@@ -164,10 +188,13 @@ class Service:
             generation.prompts = prompts(generation.session)
             for prompt in generation.prompts:
                 check_room(engine, prompt, params.max_tokens)
-                engine.check(prompt.token_ids, params)
-            schema = json_schema(body)
-            mask = None if schema is None else self._compile(schema)
-            generation.submit(engine, params, priority=body.priority, pin=body.pin, mask=mask)
+            generation.submit(
+                engine,
+                params,
+                priority=body.priority,
+                pin=body.pin,
+                json_schema=json_schema(body),
+            )
 
         self.registry.add(generation)
         try:
@@ -183,16 +210,3 @@ class Service:
             await generation.close()
         finally:
             self.registry.remove(generation, forget)
-        if self.engine.failure is not None and not self.crashed:
-            log.error("the engine has failed", exc_info=self.engine.failure)
-            self.failure, self.crashed = self.engine.failure, True
-            self.on_crash()
-
-    def _compile(self, schema: dict[str, object]) -> Callable[[int], LogitsProcessor]:
-        """The mask of a JSON schema; the compiler is made when it is first needed."""
-        if self._grammars is None:
-            engine = self.engine
-            self._grammars = GrammarCompiler(
-                self.tokenizer, engine.config.vocab_size, sorted(engine.eos_token_ids)
-            )
-        return self._grammars.json_schema(schema)

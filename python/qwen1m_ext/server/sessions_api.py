@@ -26,7 +26,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("")
     async def open_one(body: OpenSessionBody) -> Response:
         """Open an empty session; requests use it by the field `session`."""
-        opened = sessions.open(service.engine, body.id, body.freeze_temperature)
+        opened = await sessions.open(service.engine, body.id, body.freeze_temperature, service.work)
         return json_response(opened, 201)
 
     @routes.get("/{name}")
