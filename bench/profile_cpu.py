@@ -93,7 +93,7 @@ def main() -> None:
     watch.wrap(model.F, "linear", "linear layers")
     watch.wrap(torch, "index_select", "other ops")
 
-    llm = LLM(args.model, max_model_len=args.tokens + args.decode)
+    llm = LLM(args.model, max_model_len=args.tokens + args.decode, attention="dense")
     ids = torch.randint(32, 127, (args.tokens,), generator=torch.Generator().manual_seed(0))
     params = SamplingParams(temperature=0, max_tokens=args.decode, ignore_eos=True)
     llm.generate({"prompt_token_ids": ids[:4096].tolist()}, params)  # warm-up
