@@ -320,6 +320,9 @@ Q1M_DEVICE void stmatrix_x4(Shared<Vec16> row, uint32_t r0, uint32_t r1, uint32_
 /// mma.sync.m16n8k16.row.col.f32.bf16.bf16.f32 (9.7.14.5.8): d += a b.
 Q1M_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                              const uint32_t (&b)[2] Q1M_SITE);
+/// The same of fp16 pairs.
+Q1M_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4],
+                                 const uint32_t (&b)[2] Q1M_SITE);
 
 // --- Arithmetic ------------------------------------------------------------------------------
 
@@ -330,6 +333,12 @@ Q1M_DEVICE uint32_t pack_bf16(float low, float high);  // cvt.rn.bf16x2.f32
 Q1M_DEVICE float bf16_low(uint32_t pair);              // the lower half as fp32, exact
 Q1M_DEVICE float bf16_high(uint32_t pair);
 Q1M_DEVICE float as_float(uint32_t bits);
+Q1M_DEVICE uint32_t pack_f16(float low, float high);  // cvt.rn.f16x2.f32
+/// cvt.rn.f16x2.e4m3x2: the two e4m3 in the lower half of `pair` as fp16, exact. A NaN becomes some
+/// number on sm_80, which has no such instruction.
+Q1M_DEVICE uint32_t e4m3_to_f16(uint32_t pair);
+/// prmt.b32: byte i of the result is byte (selector >> 4 i) % 8 of (a, b), a's being 0 to 3.
+Q1M_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector);
 
 /// The value itself, but the compiler does not know: what is computed from it stays in the loop
 /// where it is needed instead of occupying registers across it.

@@ -20,7 +20,7 @@ namespace qwen1m {
 /// A tensor of the caller's. `storage` is what a kernel may touch, gaps included.
 struct EmulatedTensor {
   void* data;
-  int64_t is_float32;  // else bfloat16; looked at for tensors of either
+  int64_t dtype;  // 0 bfloat16, 1 float32, 2 float8_e4m3fn; looked at for tensors of any of them
   int64_t sizes[4];
   int64_t strides[4];  // in elements
   const void* storage;
@@ -36,7 +36,11 @@ struct EmulatedTensor {
   template <int Rank>
   AnyView<Rank> any() const {
     const auto view = typed<char, Rank>();
-    return {data, is_float32 ? DType::kFloat32 : DType::kBFloat16, view.sizes, view.strides};
+    return {data,
+            dtype == 1   ? DType::kFloat32
+            : dtype == 2 ? DType::kFloat8E4M3
+                         : DType::kBFloat16,
+            view.sizes, view.strides};
   }
 };
 

@@ -201,8 +201,9 @@ struct MatrixCopyProbe {
 };
 
 /// mma.sync m16n8k16: fragments of A, B and D.
+template <bool kF16>
 struct MmaProbe {
-  static constexpr const char* kName = "mma_m16n8k16";
+  static constexpr const char* kName = kF16 ? "mma_m16n8k16_f16" : "mma_m16n8k16";
   static constexpr int kThreads = 32;
   static constexpr int kBlocks = 1;
   static constexpr int kCluster = 1;
@@ -215,6 +216,9 @@ struct MmaProbe {
   static Q1M_HOST_DEVICE float b(int k, int n) {
     return static_cast<float>((7 * n + 2 * k + n * k) % 7 - 3);
   }
+  static Q1M_DEVICE uint32_t pack(float low, float high) {
+    return kF16 ? pack_f16(low, high) : pack_bf16(low, high);
+  }
 
   static Q1M_DEVICE void run(const Params& p) {
     const int group = lane_index() / 4;
@@ -226,14 +230,18 @@ struct MmaProbe {
     for (int i = 0; i < 4; ++i) {
       const int row = group + 8 * (i % 2);
       const int column = pair + 8 * (i / 2);
-      a_fragment[i] = pack_bf16(a(row, column), a(row, column + 1));
+      a_fragment[i] = pack(a(row, column), a(row, column + 1));
       d[i] = static_cast<float>(100 * (group + 8 * (i / 2)) + pair + i % 2);
     }
     Q1M_UNROLL
     for (int i = 0; i < 2; ++i) {
-      b_fragment[i] = pack_bf16(b(pair + 8 * i, group), b(pair + 8 * i + 1, group));
+      b_fragment[i] = pack(b(pair + 8 * i, group), b(pair + 8 * i + 1, group));
     }
-    mma_m16n8k16(d, a_fragment, b_fragment);
+    if constexpr (kF16) {
+      mma_m16n8k16_f16(d, a_fragment, b_fragment);
+    } else {
+      mma_m16n8k16(d, a_fragment, b_fragment);
+    }
     Q1M_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int at = 8 * (group + 8 * (i / 2)) + pair + i % 2;
@@ -250,6 +258,55 @@ struct MmaProbe {
         for (int k = 0; k < 16; ++k) sum += a(m, k) * b(k, n);
         test.expected.push_back(float_bits(sum));
       }
+    }
+    return {test};
+  }
+};
+
+/// cvt.rn.f16x2.e4m3x2 of all numbers, cvt.rn.f16x2.f32 at ties and ends, prmt.
+struct F16Probe {
+  static constexpr const char* kName = "e4m3_to_f16, pack_f16, permute_bytes";
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocks = 1;
+  static constexpr int kCluster = 1;
+  struct Layout {
+    uint32_t word;
+  };
+
+  static Q1M_DEVICE void run(const Params& p) {
+    const int t = thread_index();
+    const auto* floats = reinterpret_cast<const float*>(p.in);
+    // Numbers t and t | 128; the two NaNs (127, 255) become zeros.
+    const uint32_t code = t == 127 ? 0 : static_cast<uint32_t>(t);
+    global_store(p.out + 3 * t, e4m3_to_f16(code | (code | 128) << 8 | 0xabcd0000));
+    global_store(p.out + 3 * t + 1,
+                 pack_f16(global_load(floats + t % 8), global_load(floats + (t + 3) % 8)));
+    global_store(p.out + 3 * t + 2,
+                 permute_bytes(0x33221100, 0x77665544, t % 2 == 0 ? 0x6420 : 0x1735));
+  }
+
+  static std::vector<Case> cases() {
+    // fp32 bits, and the fp16 nearest to it.
+    const uint32_t table[8][2] = {{0x3f800000, 0x3c00}, {0x3f801000, 0x3c00}, {0x3f803000, 0x3c02},
+                                  {0xbf801001, 0xbc01}, {0x477fefff, 0x7bff}, {0x477ff000, 0x7c00},
+                                  {0x33800000, 0x0001}, {0x33000000, 0x0000}};
+    Case test;
+    for (const auto& row : table) test.in.push_back(row[0]);
+    for (uint32_t t = 0; t < 128; ++t) {
+      const uint32_t code = t == 127 ? 0 : t, exponent = code >> 3, mantissa = code & 7;
+      // mantissa * 2^-9 or (8 + mantissa) * 2^(exponent - 10), as an fp16 with bias 15.
+      uint32_t f16 = (exponent + 8) << 10 | mantissa << 7;
+      if (exponent == 0) {
+        uint32_t shift = 0, m = mantissa;
+        while (m != 0 && m < 8) {
+          m *= 2;
+          ++shift;
+        }
+        f16 = mantissa == 0 ? 0 : (9 - shift) << 10 | (m & 7) << 7;
+      }
+      test.expected.push_back(f16 | (f16 | 0x8000) << 16);
+      test.expected.push_back(table[t % 8][1] | table[(t + 3) % 8][1] << 16);
+      test.expected.push_back(t % 2 == 0 ? 0x66442200 : 0x11773355);
     }
     return {test};
   }

@@ -88,6 +88,20 @@ Q1M_PROBE(mma_m16n8k16) {
   arch::mma_m16n8k16(d, a, b);
   arch::global_store(p.floats, d[0] + d[1] + d[2] + d[3]);
 }
+Q1M_PROBE(mma_m16n8k16_f16) {
+  float d[4] = {};
+  const uint32_t a[4] = {p.parity, p.parity + 1, p.parity + 2, p.parity + 3};
+  const uint32_t b[2] = {p.parity + 4, p.parity + 5};
+  arch::mma_m16n8k16_f16(d, a, b);
+  arch::global_store(p.floats, d[0] + d[1] + d[2] + d[3]);
+}
+Q1M_PROBE(e4m3_to_f16) { arch::global_store(p.words, arch::e4m3_to_f16(p.parity)); }
+Q1M_PROBE(pack_f16) {
+  arch::global_store(p.words, arch::pack_f16(static_cast<float>(p.number), 1.0F));
+}
+Q1M_PROBE(permute_bytes) {
+  arch::global_store(p.words, arch::permute_bytes(p.parity, p.parity * 3, 0x6420));
+}
 Q1M_PROBE(exp2_approx) {
   arch::global_store(p.floats, arch::exp2_approx(static_cast<float>(p.number)));
 }

@@ -42,6 +42,10 @@ SM80 = {
     "ldmatrix_x4": {"LDSM.16.M88.4": 1},
     "ldmatrix_x4_transposed": {"LDSM.16.MT88.4": 1},
     "mma_m16n8k16": {"HMMA.16816.F32.BF16": 1},
+    "mma_m16n8k16_f16": {"HMMA.16816.F32": 1, "HMMA.16816.F32.BF16": 0},
+    "e4m3_to_f16": {"STG.E": 1},  # sm_80: a multiplication; sm_90: a conversion
+    "pack_f16": {"F2FP": 1, "F2FP.BF16": 0},
+    "permute_bytes": {"PRMT": 1},
     "exp2_approx": {"MUFU.EX2": 1, "FMUL": 0},
     "log2_approx": {"MUFU.LG2": 1, "FMUL": 0},
     "reciprocal_approx": {"MUFU.RCP": 1, "FMUL": 0},

@@ -58,8 +58,8 @@ arch::emu::Report launch(bool sm90, const DecodeLaunch& plan, uint64_t seed) {
     if constexpr (kOnlySm90 != 0) {
       using Kernel = DecodeAttentionSm90<kHeadDim, kRowTiles>;
       const typename Kernel::Params params{
-          plan, arch::emu::make_tensor_map(page_map(plan.args.k_cache, kStepKeys<kHeadDim>)),
-          arch::emu::make_tensor_map(page_map(plan.args.v_cache, kStepKeys<kHeadDim>))};
+          plan, arch::emu::make_tensor_map(page_map(plan.args.k_cache, Kernel::kKeys)),
+          arch::emu::make_tensor_map(page_map(plan.args.v_cache, Kernel::kKeys))};
       if (sm90) return launch<Kernel>(params, seed);
     }
   }

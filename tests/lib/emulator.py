@@ -57,7 +57,7 @@ class _Tensor(ctypes.Structure):
 
     _fields_ = (
         ("data", ctypes.c_void_p),
-        ("is_float32", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
         ("sizes", ctypes.c_int64 * 4),
         ("strides", ctypes.c_int64 * 4),
         ("storage", ctypes.c_void_p),
@@ -73,7 +73,7 @@ class _Tensor(ctypes.Structure):
         storage = tensor.untyped_storage()
         return cls(
             tensor.data_ptr(),
-            tensor.dtype == torch.float32,
+            {torch.float32: 1, torch.float8_e4m3fn: 2}.get(tensor.dtype, 0),
             (ctypes.c_int64 * 4)(*tensor.shape, *pad),
             (ctypes.c_int64 * 4)(*tensor.stride(), *pad),
             storage.data_ptr(),

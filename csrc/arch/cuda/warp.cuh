@@ -114,6 +114,13 @@ Q1M_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+Q1M_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // --- Arithmetic --------------------------------------------------------------------------------
 
 Q1M_DEVICE float exp2_approx(float x) {
@@ -139,6 +146,28 @@ Q1M_DEVICE uint32_t pack_bf16(float low, float high) {
 Q1M_DEVICE float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 Q1M_DEVICE float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 Q1M_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+Q1M_DEVICE uint32_t pack_f16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+Q1M_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+Q1M_DEVICE uint32_t e4m3_to_f16(uint32_t pair) {
+  uint32_t result;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  // The exponent, as that of an fp16, is 8 too small; denormals come out right as well.
+  const uint32_t wide = permute_bytes(pair, 0, 0x1404);
+  const uint32_t small = (wide & 0x80008000u) | ((wide & 0x7f007f00u) >> 1);
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(small), "r"(0x5c005c00u));  // 256
+#else
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(static_cast<uint16_t>(pair)));
+#endif
+  return result;
+}
 Q1M_DEVICE int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;

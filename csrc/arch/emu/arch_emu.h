@@ -7,6 +7,7 @@
 
 #include "arch/arch.h"
 #include "arch/emu/primitives.h"
+#include "qwen1m/dtypes.h"
 
 namespace qwen1m::arch {
 
@@ -238,12 +239,36 @@ Q1M_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32
                              Site site) {
   emu::mma_m16n8k16(d, a, b, site);
 }
+Q1M_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                 Site site) {
+  emu::mma_m16n8k16_f16(d, a, b, site);
+}
 
 // --- Arithmetic ------------------------------------------------------------------------------
 
 Q1M_DEVICE float exp2_approx(float x) { return emu::exp2_approx(x); }
 Q1M_DEVICE float log2_approx(float x) { return emu::log2_approx(x); }
 Q1M_DEVICE float reciprocal_approx(float x) { return emu::reciprocal_approx(x); }
+Q1M_DEVICE uint32_t pack_f16(float low, float high) {
+  return emu::float_to_f16(low) | static_cast<uint32_t>(emu::float_to_f16(high)) << 16;
+}
+Q1M_DEVICE uint32_t e4m3_to_f16(uint32_t pair) {
+  float value[2];
+  for (int i = 0; i < 2; ++i) {
+    e4m3 number;
+    number.bits = static_cast<uint8_t>(pair >> 8 * i);
+    value[i] = static_cast<float>(number);
+  }
+  return pack_f16(value[0], value[1]);
+}
+Q1M_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
 Q1M_DEVICE uint32_t pack_bf16(float low, float high) {
   const auto round = [](float x) -> uint32_t {  // to nearest, ties to even
     const auto bits = std::bit_cast<uint32_t>(x);

@@ -86,6 +86,10 @@ void wgmma_wait(int pending, const void* const* registers, const size_t* bytes, 
 void ldmatrix_x4(uint32_t* r, uint32_t row, bool transposed, Site site);
 void stmatrix_x4(uint32_t row, const uint32_t* r, Site site);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Site site);
+void mma_m16n8k16_f16(float* d, const uint32_t* a, const uint32_t* b, Site site);
+/// Conversions of fp16: the value of a number, and the number nearest to a value.
+float f16_to_float(uint16_t bits);
+uint16_t float_to_f16(float value);
 
 // arithmetic
 float exp2_approx(float x);

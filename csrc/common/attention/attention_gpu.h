@@ -19,10 +19,6 @@ void check_attention_gpu(std::string_view op, const Params& p) {
   if (p.q.dtype != DType::kBFloat16) {
     args.fail("q", "dtype bfloat16 (the GPU kernels have no other)", dtype_name(p.q.dtype));
   }
-  if (p.k_cache.dtype != DType::kBFloat16) {
-    args.fail("k_cache", "dtype bfloat16 (the GPU kernels have no other)",
-              dtype_name(p.k_cache.dtype));
-  }
   constexpr int kLastDim = static_cast<int>(std::tuple_size_v<decltype(p.q.sizes)>) - 1;
   const int64_t head_dim = p.q.size(kLastDim);
   args.require(head_dim == 64 || head_dim == 128, "q", "head_dim D 64 or 128 on a GPU", head_dim);

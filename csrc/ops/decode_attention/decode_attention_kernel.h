@@ -21,6 +21,7 @@
 
 #include "arch/arch.h"
 #include "common/attention/tile_rows.h"
+#include "ops/decode_attention/decode_attention_fp8.h"
 #include "ops/decode_attention/decode_attention_merge.h"
 #include "ops/decode_attention/decode_attention_splits.h"
 #include "qwen1m/decode_attention.h"
@@ -56,20 +57,23 @@ struct WarpSteps {
 
 /// Ring<D>: kStages; Storage; Params with DecodeLaunch `launch`; start(step), wait(), stage(),
 /// next() (see decode_attention_sm80.cuh).
-template <int kHeadDim, int kRowTiles, template <int> typename RingOf>
+template <int kHeadDim, int kRowTiles, typename Cache, template <int> typename RingOf>
 struct DecodeAttention {
   // --- Config --------------------------------------------------------------------------------
   static constexpr int D = kHeadDim;
-  static constexpr int kKeys = kStepKeys<D>;
+  static constexpr bool kFp8 = sizeof(Cache) == 1;
+  /// Dims of a cache row for whoever copies it: it sees numbers of two bytes.
+  static constexpr int kStoredDim = kFp8 ? D / 2 : D;
+  static constexpr int kKeys = kStepKeys<kStoredDim>;
   static constexpr int kThreads = kDecodeWarps * 32;
   static constexpr int kRows = 16 * kRowTiles;
-  static_assert(D == 64 || D == 128, "whole 128-byte panels");
+  static_assert(kStoredDim == 64 || kStoredDim == 128, "whole 128-byte panels");
 
-  using Ring = RingOf<D>;
+  using Ring = RingOf<kStoredDim>;
   using Params = typename Ring::Params;
   using Queries = RowTile<D, kRows>;
-  using Keys = typename DecodeStage<D>::Rows;
-  using Merge = DecodeMerge<D, kRows>;
+  using Keys = typename DecodeStage<kStoredDim>::Rows;
+  using Merge = DecodeMerge<D, kRows, kFp8>;
 
   // --- Smem ----------------------------------------------------------------------------------
   struct Smem {
@@ -105,15 +109,25 @@ struct DecodeAttention {
         Q1M_UNROLL
         for (int w = 0; w < 4; ++w) {
           const auto cs = arch::global_load(reinterpret_cast<const arch::Vec16*>(table + 4 * w));
-          rotate_pair(cs, low.word[w], high.word[w]);
+          if constexpr (kFp8) {
+            rotate_pair_f16(cs, low.word[w], high.word[w]);
+          } else {
+            rotate_pair(cs, low.word[w], high.word[w]);
+          }
         }
       }
-      arch::shared_store(to.at(row, chunk), low);
-      arch::shared_store(to.at(row, chunk + kChunks), high);
+      if constexpr (kFp8) {
+        store_query_f16(to, row, chunk, low);
+        store_query_f16(to, row, chunk + kChunks, high);
+      } else {
+        arch::shared_store(to.at(row, chunk), low);
+        arch::shared_store(to.at(row, chunk + kChunks), high);
+      }
     }
   }
 
   // --- Consume -------------------------------------------------------------------------------
+  using Fp8 = DecodeProductsFp8<D, kRowTiles, kKeys>;
   using Scores = float[kRowTiles][kKeys / 2];
   using Outputs = float[kRowTiles][D / 2];
   /// Queries stay in registers where there is room for them; else each step reads them again.
@@ -140,25 +154,41 @@ struct DecodeAttention {
       for (int i = 0; i < kKeys / 2; ++i) s[tile][i] = 0;
     }
     Q1M_UNROLL
-    for (int step = 0; step < D / 16; ++step) {
-      uint32_t a[kRowTiles][4];
+    for (int step = 0; step < D / 16; step += 2) {
+      uint32_t a[2][kRowTiles][4];
       Q1M_UNROLL
-      for (int tile = 0; tile < kRowTiles; ++tile) {
-        if constexpr (kQueriesInRegisters) {
-          Q1M_UNROLL
-          for (int i = 0; i < 4; ++i) a[tile][i] = held[tile][step][i];
-        } else {
-          load_query(a[tile], q, tile, step);
+      for (int half = 0; half < 2; ++half) {
+        Q1M_UNROLL
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          if constexpr (kQueriesInRegisters) {
+            Q1M_UNROLL
+            for (int i = 0; i < 4; ++i) a[half][tile][i] = held[tile][step + half][i];
+          } else {
+            load_query(a[half][tile], q, tile, step + half);
+          }
         }
       }
+      if constexpr (kFp8) {
+        Fp8::multiply_qk(s, a, k, step, lane);
+      } else {
+        multiply_qk_step(s, a, k, step, lane);
+      }
+    }
+  }
+  /// Adds two steps of 16 dims, `step` and the next.
+  static Q1M_DEVICE void multiply_qk_step(Scores& s, const uint32_t (&a)[2][kRowTiles][4], Keys k,
+                                          int step, int lane) {
+    Q1M_UNROLL
+    for (int half = 0; half < 2; ++half) {
       Q1M_UNROLL
       for (int j = 0; j < kKeys / 8; j += 2) {  // two groups of 8 keys
         uint32_t r[4];
-        arch::ldmatrix_x4(r, k.at(8 * j + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        arch::ldmatrix_x4(r,
+                          k.at(8 * j + lane % 8 + lane / 16 * 8, 2 * (step + half) + lane / 8 % 2));
         Q1M_UNROLL
         for (int tile = 0; tile < kRowTiles; ++tile) {
-          arch::mma_m16n8k16(quad(s[tile], j), a[tile], {r[0], r[1]});
-          arch::mma_m16n8k16(quad(s[tile], j + 1), a[tile], {r[2], r[3]});
+          arch::mma_m16n8k16(quad(s[tile], j), a[half][tile], {r[0], r[1]});
+          arch::mma_m16n8k16(quad(s[tile], j + 1), a[half][tile], {r[2], r[3]});
         }
       }
     }
@@ -203,14 +233,15 @@ struct DecodeAttention {
   static Q1M_DEVICE void attend(const Params& p, const DecodeWork& work, SharedSmem smem) {
     const DecodeAttentionParams& args = p.launch.args;
     const int warp = arch::warp_index(), lane = arch::lane_index();
-    const WarpSteps<D> steps(work.keys, warp);
+    const WarpSteps<kStoredDim> steps(work.keys, warp);
     Ring ring(p, work, steps, Q1M_SHARED_MEMBER(smem, stages), Q1M_SHARED_MEMBER(smem, barriers));
     Q1M_NO_UNROLL
     for (int i = 0; i < Ring::kStages; ++i) ring.start(i);
 
     const Queries q{Q1M_SHARED_MEMBER(smem, q)};
     rotate_queries(args, work, q);
-    const float scale_log2 = arch::global_load(args.logit_scale.at(work.batch)) * 1.44269504f;
+    float scale_log2 = arch::global_load(args.logit_scale.at(work.batch)) * 1.44269504f;
+    if constexpr (kFp8) scale_log2 *= arch::global_load(args.k_scale.at(work.kv_head));
     Outputs o;
     RowSoftmax softmax[kRowTiles];
     int end[kRowTiles][2];  // keys that the thread's rows may see
@@ -250,9 +281,18 @@ struct DecodeAttention {
         if (hides_keys) mask_scores(s[tile], first_key, work.keys.begin, end[tile]);
         softmax[tile].template step<true>(s[tile], scale_log2);
         softmax[tile].rescale(o[tile]);
-        pack_probabilities<kKeys>(probabilities[tile], s[tile]);
+        if constexpr (kFp8) {
+          Fp8::pack_probabilities(probabilities[tile], s[tile]);
+        } else {
+          pack_probabilities<kKeys>(probabilities[tile], s[tile]);
+        }
       }
-      multiply_pv(o, probabilities, {Q1M_SHARED_MEMBER(stage, v)});
+      const Keys v{Q1M_SHARED_MEMBER(stage, v)};
+      if constexpr (kFp8) {
+        Fp8::multiply_pv(o, probabilities, v, arch::opaque(lane));
+      } else {
+        multiply_pv(o, probabilities, v);
+      }
       arch::warp_sync();  // all lanes are done with the stage
       ring.start(i + Ring::kStages);
       ring.next();

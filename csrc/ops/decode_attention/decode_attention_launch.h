@@ -22,12 +22,23 @@ inline DecodeAttentionShape shape_of(const DecodeAttentionParams& p) {
           .dual_chunk = p.dual_chunk};
 }
 
-/// bf16, head_dim 64 or 128, 16-byte pieces wherever rows are read or written, enough scratch.
-/// Returns the launch for a GPU of num_sms multiprocessors.
+/// An fp8 cache as the copies see it: rows of half as many numbers of two bytes.
+inline AnyView<4> two_byte_rows(AnyView<4> cache) {
+  cache.dtype = DType::kBFloat16;
+  cache.sizes[3] /= 2;
+  for (int dim = 0; dim < 3; ++dim) cache.strides[static_cast<size_t>(dim)] /= 2;
+  return cache;
+}
+
+/// bf16 or an fp8 cache with it, head_dim 64 or 128, 16-byte pieces wherever rows are read or
+/// written, enough scratch. Returns the launch for a GPU of num_sms multiprocessors.
 inline DecodeLaunch plan_decode_attention(const DecodeAttentionParams& p, int num_sms) {
   check_attention_layout(p);
   check_attention_gpu("decode_attention", p);
   const ArgCheck args("decode_attention");
+  const bool fp8 = p.k_cache.dtype == DType::kFloat8E4M3;
+  args.require(!fp8 || p.q.size(3) == 128, "q", "head_dim D 128 with an fp8 cache on a GPU",
+               p.q.size(3));
   const DecodeAttentionShape shape = shape_of(p);
   const int64_t scratch_bytes = decode_attention_scratch_bytes(shape, num_sms);
   args.require(p.scratch.size(0) >= scratch_bytes, "scratch",
@@ -35,8 +46,14 @@ inline DecodeLaunch plan_decode_attention(const DecodeAttentionParams& p, int nu
   args.require(p.scratch.stride(0) == 1, "scratch", "contiguous bytes", p.scratch.stride(0));
   args.require(reinterpret_cast<uintptr_t>(p.scratch.data) % 16 == 0, "scratch",
                "data aligned to 16 bytes", reinterpret_cast<uintptr_t>(p.scratch.data) % 16);
-  const DecodeGrid grid(shape, num_sms);
-  return {.args = p,
+  // The accumulators of 32 rows and the scores of an fp8 step would spill.
+  const DecodeGrid grid(shape, num_sms, fp8 ? 16 : 32);
+  DecodeAttentionParams stored = p;
+  if (fp8) {
+    stored.k_cache = two_byte_rows(p.k_cache);
+    stored.v_cache = two_byte_rows(p.v_cache);
+  }
+  return {.args = stored,
           .wanted_splits = grid.wanted_splits,
           .max_splits = grid.max_splits,
           .rows = grid.rows,

@@ -83,7 +83,9 @@ Q1M_DEVICE float merge_weight(float m, float maximum, float scale_log2) {
   return m == -INFINITY ? 0.0f : arch::exp2_approx((m - maximum) * scale_log2);
 }
 
-template <int kHeadDim, int kRows>
+/// kFp8: the accumulators hold even and odd dims apart (decode_attention_fp8.h), and values have a
+/// scale.
+template <int kHeadDim, int kRows, bool kFp8>
 struct DecodeMerge {
   static constexpr int D = kHeadDim;
   static constexpr int kThreads = kDecodeWarps * 32;
@@ -107,7 +109,8 @@ struct DecodeMerge {
                                    float m, float l, const Lane& o, float scale_log2) {
     constexpr float kLn2 = 0.69314718f;
     const int lane = arch::lane_index();
-    const float norm = l == 0 ? 0.0f : arch::reciprocal_approx(l);
+    float norm = l == 0 ? 0.0f : arch::reciprocal_approx(l);
+    if constexpr (kFp8) norm *= arch::global_load(p.v_scale.at(work.kv_head));
     uint32_t pairs[kLaneDims / 2];
     Q1M_UNROLL
     for (int i = 0; i < kLaneDims / 2; ++i) {
@@ -165,11 +168,20 @@ struct DecodeMerge {
         const float weight =
             merge_weight(softmax[tile].m[h], maximum_of(all_m, 16 * tile + row), scale_log2);
         Q1M_UNROLL
-        for (int j = 0; j < D / 8; ++j) {
-          const Floats<2> pair{
-              {o[tile][4 * j + 2 * h] * weight, o[tile][4 * j + 2 * h + 1] * weight}};
-          arch::shared_store(all_o[warp][row][8 * j + 2 * (lane % 4)].template as<Floats<2>>(),
-                             pair);
+        for (int j = 0; j < D / 8; j += 2) {
+          const float* x = o[tile] + 4 * j + 2 * h;
+          if constexpr (kFp8) {
+            arch::shared_store(
+                all_o[warp][row][8 * j + 4 * (lane % 4)].template as<Floats<4>>(),
+                Floats<4>{{x[0] * weight, x[4] * weight, x[1] * weight, x[5] * weight}});
+          } else {
+            Q1M_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              arch::shared_store(
+                  all_o[warp][row][8 * (j + i) + 2 * (lane % 4)].template as<Floats<2>>(),
+                  Floats<2>{{x[4 * i] * weight, x[4 * i + 1] * weight}});
+            }
+          }
         }
       }
       arch::block_sync();

@@ -20,8 +20,10 @@ int64_t decode_attention_scratch_bytes(const DecodeAttentionShape& shape, int nu
   const DecodeGrid grid(shape, num_sms);
   require(grid.max_splits <= kMaxSplits, "chunk_size", "fewer borders in q_tokens",
           shape.dual_chunk.chunk_size);
-  require(grid.sequences <= kMaxCounters, "batch",
-          "at most 16384 (sequence, KV head, 32 query rows)", grid.sequences);
+  // Blocks of 16 rows have more counters, and partial results of no more bytes.
+  const int64_t counters = DecodeGrid(shape, num_sms, 16).sequences;
+  require(counters <= kMaxCounters, "batch", "at most 16384 (sequence, KV head, 16 query rows)",
+          counters);
   return kCounterBytes + grid.sequences * grid.max_splits * grid.rows * (shape.head_dim + 2) * 4;
 }
 
