@@ -85,18 +85,27 @@ def read_text(path: Path | None) -> str:
 
 
 def run_report(reference_dir: str | Path, model_dir: Path, text: str, tokens: int) -> Accuracy:
-    """Compare two checkpoints, print the result and keep it as `accuracy.json` of the second."""
+    """Compare two checkpoints, print the result and keep it as `accuracy.json` of the second.
+
+    The second is also compared with its cache in fp8, which is an option of the engine.
+    """
     reference = LLM(reference_dir, max_model_len=WINDOW_TOKENS + 1)
-    model = LLM(model_dir, max_model_len=WINDOW_TOKENS + 1)
     ids = reference.get_tokenizer().encode(text[: 8 * tokens])[:tokens]
-    result = compare(reference, model, ids)
-    print(
-        f"on {result.tokens:,} tokens: perplexity {result.reference_perplexity:.4f} -> "
-        f"{result.perplexity:.4f}, KL {result.kl_mean:.2e} nats a token (99 % below "
-        f"{result.kl_p99:.2e}, largest {result.kl_max:.2e}), the same likeliest token at "
-        f"{result.same_top_token:.2%}"
-    )
+    result = compare(reference, LLM(model_dir, max_model_len=WINDOW_TOKENS + 1), ids)
+    print(f"on {result.tokens:,} tokens: {_summary(result)}")
+    fp8_cache = LLM(model_dir, max_model_len=WINDOW_TOKENS + 1, kv_cache_dtype="fp8")
+    both = compare(reference, fp8_cache, ids)
+    print(f"with an fp8 cache as well (--kv fp8): {_summary(both)}")
+    report = asdict(result) | {"with_fp8_cache": asdict(both)}
     unfinished = model_dir / ".accuracy.json.unfinished"
-    unfinished.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, model_dir / "accuracy.json")
     return result
+
+
+def _summary(result: Accuracy) -> str:
+    return (
+        f"perplexity {result.reference_perplexity:.4f} -> {result.perplexity:.4f}, KL "
+        f"{result.kl_mean:.2e} nats a token (99 % below {result.kl_p99:.2e}, largest "
+        f"{result.kl_max:.2e}), the same likeliest token at {result.same_top_token:.2%}"
+    )

@@ -81,6 +81,7 @@ class _Call:
     block_table: Tensor  # [all runs, pages] int32
     kv_len: Tensor  # [all runs] int64
     logit_scale: Tensor  # [all runs] float32
+    pages: Tensor  # int64: those that the runs of many rows read
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Batch:
             self._slots[rows],
             self._rotary.table,
             self._rotary.dual_chunk.chunk_len,
+            *self._cache.scales(layer),
         )
 
     def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
@@ -153,11 +155,13 @@ class Batch:
         """What is cached of a segment's sequence, and how its queries meet it."""
         s = self._segments[segment]
         scale = self._rotary.logit_scale(s.temperature)
+        block_table = s.sequence.block_table[:, : pages_for(s.end)]
+        k, v = self._cache.widened(layer, block_table[0].long())
         return Stored(
             s.begin,
-            self._cache.k[layer],
-            self._cache.v[layer],
-            s.sequence.block_table[:, : pages_for(s.end)],
+            k,
+            v,
+            block_table,
             torch.tensor([scale], dtype=torch.float32),
             self._rotary.table,
         )
@@ -206,29 +210,57 @@ class Batch:
         pages = pages_for(max((end for _, _, end in runs), default=0))
         table_rows = torch.tensor([self._segments[i].sequence.row for i, _, _ in runs])
         scales = [self._rotary.logit_scale(self._segments[i].temperature) for i, _, _ in runs]
+        block_table = self._cache.block_table[:, :pages].index_select(0, table_rows.long())
         return _Call(
             groups,
             torch.tensor(lengths).cumsum(0),
-            self._cache.block_table[:, :pages].index_select(0, table_rows.long()),
+            block_table,
             kv_len,
             torch.tensor(scales, dtype=torch.float32),
+            _pages_of(block_table[few:], [end for _, _, end in runs[few:]]),
         )
 
     def _run(self, call: _Call, layer: int, q: Tensor, out: Tensor) -> None:
-        dca = self._rotary.dual_chunk
-        k, v = self._cache.k[layer], self._cache.v[layer]
+        dca, cache = self._rotary.dual_chunk, self._cache
         common = self._rotary.table, dca.chunk_size, dca.local_size
         run = row = 0
         for count, tokens in call.groups:
             rows, runs = slice(row, row + count * tokens), slice(run, run + count)
             shape = (count, tokens, *q.shape[1:])
             ops.decode_attention(
-                out[rows].view(shape), None, q[rows].view(shape), k, v, call.block_table[runs],
-                call.kv_len[runs], call.logit_scale[runs], *common,
+                out[rows].view(shape), None, q[rows].view(shape), cache.k[layer], cache.v[layer],
+                call.block_table[runs], call.kv_len[runs], call.logit_scale[runs], *common,
+                cache.decode_scratch, *cache.scales(layer),
             )  # fmt: skip
             run, row = runs.stop, rows.stop
         if run < len(call.kv_len):
+            k, v = cache.widened(layer, call.pages)
             ops.prefill_attention(
                 out[row:], None, q[row:], k, v, call.block_table[run:], call.cu_q,
                 call.kv_len[run:], call.logit_scale[run:], *common,
             )  # fmt: skip
+
+
+def reserve_decode_scratch(
+    rotary: Rotary, cache: KVCache, q: Tensor, num_sms: int | None = None
+) -> None:
+    """Give a cache the scratch of `decode_attention` on a GPU, so that no step allocates it.
+
+    Args:
+        rotary: positions.
+        cache: where it is kept.
+        q: [sequences, rows of each, q_heads, head_dim], the largest call there will be.
+        num_sms: multiprocessors; None: those of q's GPU.
+    """
+    dca = rotary.dual_chunk
+    cache.decode_scratch = ops.decode_attention_scratch(
+        q, cache.k[0], cache.block_table, dca.chunk_size, dca.local_size, num_sms
+    )
+
+
+def _pages_of(block_table: Tensor, ends: list[int]) -> Tensor:
+    """The pages, each once, that hold the first tokens of some sequences."""
+    pages: set[int] = set()
+    for row, end in zip(block_table.tolist(), ends, strict=True):
+        pages.update(row[: pages_for(end)])
+    return torch.tensor(sorted(pages), dtype=torch.int64)

@@ -9,10 +9,12 @@ import torch
 from . import ops
 from .config import PLAIN_ROPE, DualChunkConfig, ModelConfig
 from .errors import BackendError, ConfigError
+from .fp8 import FP8
 
 DTypeName = Literal["auto", "bfloat16", "float32"]
 RopeName = Literal["auto", "dca", "plain"]
 SpeculativeName = Literal["ngram"]
+KVCacheName = Literal["auto", "fp8"]
 
 
 def choose_device(device: str) -> str:
@@ -40,6 +42,13 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
     if name not in ("bfloat16", "float32"):
         raise ConfigError(f"dtype: expected auto, bfloat16 or float32, got {name!r}")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of cached keys and values beside activations in `dtype`. Raises ConfigError."""
+    if name not in ("auto", "fp8"):
+        raise ConfigError(f"kv_cache_dtype: expected auto or fp8, got {name!r}")
+    return FP8 if name == "fp8" else dtype
 
 
 def choose_rope(name: str, config: ModelConfig, where: str) -> DualChunkConfig:

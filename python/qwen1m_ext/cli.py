@@ -201,6 +201,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", default=str(demo_model_path()),
                         help="checkpoint directory (default: the demo model)")  # fmt: skip
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--kv", choices=("auto", "fp8"), default="auto",
+                        help="keys and values in fp8: half the cache")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rope", choices=("auto", "dca", "plain"), default="auto")
     parser.add_argument("--attention", choices=("auto", "dense", "sparse"), default="auto",
@@ -236,6 +238,7 @@ def _load(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
     llm = LLM(
         args.model,
         dtype=args.dtype,
+        kv_cache_dtype=args.kv,
         device=args.device,
         rope=args.rope,
         attention=args.attention,
@@ -343,10 +346,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _quantize(args: argparse.Namespace) -> int:
     from .accuracy import read_text, run_report
-    from .quantize import quantize_with_bar
+    from .quantize import quantize_with_bar, store_kv_scales
 
     text = read_text(args.text)  # before the work, not after it
     quantize_with_bar(args.model, args.out, quiet=args.quiet)
+    store_kv_scales(args.out)
     print(f"{args.out}: fp8 checkpoint, loads like any other")
     if not args.no_report:
         run_report(args.model, args.out, text, args.report_tokens)

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import kv_scales, ops
 from .attention import Rotary
 from .choices import (
     DTypeName,
+    KVCacheName,
     RopeName,
     SpeculativeName,
     choose_device,
     choose_dtype,
+    choose_kv_dtype,
     choose_rope,
 )
 from .config import load_config, load_generation_config
@@ -34,6 +36,7 @@ from .core import Core, Span
 from .cost_model import CostModel
 from .errors import ConfigError, ContextTooLong, MemoryBudgetError, RequestError
 from .events import EngineStats, OnEvent, OnProgress, RequestStatus
+from .fp8 import FP8
 from .grammar import GrammarCompiler
 from .handle import RequestHandle
 from .kv_cache import KVCache, pages_for
@@ -72,6 +75,7 @@ class Engine:
         model_dir: str | Path,
         *,
         dtype: DTypeName = "auto",
+        kv_cache_dtype: KVCacheName = "auto",
         max_model_len: int | None = None,
         device: str = "auto",
         rope: RopeName = "auto",
@@ -92,6 +96,8 @@ class Engine:
         Args:
             model_dir: a Hugging Face Qwen2 checkpoint directory.
             dtype: of weights, activations and cache; "auto": as stored.
+            kv_cache_dtype: "fp8": keys and values in e4m3 with a scale per layer and head, half the
+                bytes of bf16 (docs/numerics.md has the accuracy); "auto": as `dtype`.
             max_model_len: most tokens of prompt plus output; None: the model's maximum, or what
                 memory holds if that is less (reported as a warning).
             device: "auto" or "cpu"; "cuda" when the package was built with CUDA kernels.
@@ -130,6 +136,7 @@ class Engine:
                 f"but config.json says vocab_size {self.config.vocab_size}"
             )
         self.dtype = choose_dtype(dtype, self.config)
+        self.kv_dtype = choose_kv_dtype(kv_cache_dtype, self.dtype)
         self.dual_chunk = choose_rope(rope, self.config, str(model_dir))
         limits = Limits(prefill_chunk_tokens, max_itl_ms, max_chunk_ms, max_num_seqs, short_share)
         self.policy = PrefillPolicy.load(
@@ -148,7 +155,7 @@ class Engine:
         deployment = Deployment(
             tokens=0,
             dtype=self.dtype,
-            kv_dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
             chunk_tokens=prefill_chunk_tokens,
             max_seqs=max_num_seqs + MAX_SESSIONS,
             decode_rows=max_num_seqs,
@@ -174,8 +181,11 @@ class Engine:
         )
         self.model = Qwen2Model(self.config, weights, self.step_tokens)
         self.cache = KVCache(
-            self.config, self.dtype, self.max_model_len, max_seqs=deployment.max_seqs
+            self.config, self.kv_dtype, self.max_model_len, deployment.max_seqs, self.dtype
         )
+        if self.kv_dtype == FP8 and not kv_scales.load(self.cache, self.config, self.model_dir):
+            kv_scales.calibrate(self.model, self.rotary, self.cache, self.max_model_len)
+        self.kv_exponents = kv_scales.exponents(self.cache)
         self.eos_token_ids = frozenset(
             self.generation_config.eos_token_ids or self.config.eos_token_ids
         )
@@ -185,7 +195,11 @@ class Engine:
                     f"{model_dir}: eos_token_id: expected ids below vocab_size "
                     f"{self.config.vocab_size}, got {token}"
                 )
-        facts = (self.config, self.dual_chunk, self.dtype, ops.PAGE_SIZE, fingerprint(weights))
+        facts: tuple[object, ...] = (
+            self.config, self.dual_chunk, self.dtype, ops.PAGE_SIZE, fingerprint(weights)
+        )  # fmt: skip
+        if self.kv_exponents:
+            facts += (self.kv_dtype, self.kv_exponents)
         self.model_key = blake2b(repr(facts).encode(), digest_size=32).digest()
         self._numbers = itertools.count(1)
         self._grammars: GrammarCompiler | None = None

@@ -38,14 +38,31 @@ class Fp8Matrix:
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The matrix in bf16 or fp32, exactly."""
-        # bf16 has e4m3's bits one place to the right of the sign, with another bias: moving them
-        # and multiplying is ten times as fast as torch's conversion. 2^120 = 2^(127 - 7).
-        bits = self.data.view(torch.int8).to(torch.int16)
-        bits <<= 4
-        bits &= -0x7810  # 0x87F0: the sign, and the seven bits behind it
-        wide = bits.view(torch.bfloat16)
-        wide *= (self.scale * 2.0**120).bfloat16()
-        return wide.to(dtype)
+        return widen(self.data, self.scale).to(dtype)
+
+
+def widen(codes: Tensor, scale: Tensor) -> Tensor:
+    """`codes * scale` in bf16, exactly, for finite e4m3 numbers and scales that are powers of two.
+
+    The shapes broadcast.
+    """
+    # bf16 has e4m3's bits one place to the right of the sign, with another bias: moving them
+    # and multiplying is ten times as fast as torch's conversion. 2^120 = 2^(127 - 7).
+    bits = codes.view(torch.int8).to(torch.int16)
+    bits <<= 4
+    bits &= -0x7810  # 0x87F0: the sign, and the seven bits behind it
+    wide = bits.view(torch.bfloat16)
+    wide *= (scale * 2.0**120).bfloat16()
+    return wide
+
+
+def scale_for(largest: Tensor) -> Tensor:
+    """The least powers of two that bring numbers of this size to at most 448; 1 for zeros."""
+    fraction, exponent = torch.frexp(largest / LARGEST)
+    exponent -= (fraction == 0.5).int()  # already a power of two
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(*SCALES))
+    scale[largest == 0] = 1
+    return scale
 
 
 def quantise(matrix: Tensor) -> Fp8Matrix:
@@ -61,10 +78,7 @@ def quantise(matrix: Tensor) -> Fp8Matrix:
     limit = LARGEST * 2 ** SCALES[1]
     if not bool((largest <= limit).all()):
         raise ValueError(f"expected numbers of at most {limit:.0f}, got {float(largest.max())}")
-    fraction, exponent = torch.frexp(largest / LARGEST)
-    exponent -= (fraction == 0.5).int()  # already a power of two
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(*SCALES))
-    scale[largest == 0] = 1
+    scale = scale_for(largest)
     return Fp8Matrix((matrix / scale).to(FP8), scale)
 
 

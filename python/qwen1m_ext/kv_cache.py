@@ -6,10 +6,15 @@ its Dual Chunk position and unscaled, so pages do not depend on the length of th
 A page that is full can be labelled with a key of its content (`prefix_cache.py`) and have several
 users. When the last one leaves, it counts as free but keeps its content until the room is needed:
 pages without content go first, then those that nobody has used for the longest time.
+
+In fp8 (e4m3) every KV head of every layer has a scale for K and one for V (`kv_scales.py`). Decode
+reads the codes. What reads keys and values in the computing dtype (prefill) is given the pages that
+it needs of one layer, widened into a second set of pages, which all layers share.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +24,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import MemoryBudgetError
+from .fp8 import FP8, widen
 from .ops import PAGE_SIZE
 
 
@@ -30,7 +36,24 @@ def pages_for(num_tokens: int) -> int:
 def cache_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens: int, max_seqs: int) -> int:
     """Bytes of a `KVCache`: its pages and its block table."""
     pages = pages_for(max_tokens)
-    return pages * (PAGE_SIZE * config.kv_bytes_per_token(dtype) + max_seqs * 4)
+    scales = 2 * config.num_layers * config.num_kv_heads * 4 if dtype == FP8 else 0
+    return pages * (PAGE_SIZE * config.kv_bytes_per_token(dtype) + max_seqs * 4) + scales
+
+
+def widened_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens: int) -> int:
+    """Bytes of the pages that a `KVCache` in fp8 widens a layer into."""
+    return 2 * pages_for(max_tokens) * PAGE_SIZE * config.kv_size * dtype.itemsize
+
+
+_WIDEN_VALUES = 4 << 20
+"""Values that are widened at a time, so that what lies between stays small."""
+
+
+def _widen_pages(codes: Tensor, scale: Tensor) -> Tensor:
+    """Pages [n, kv_heads, 128, head_dim] of e4m3 in bf16, exactly; a NaN stays one."""
+    wide = widen(codes, scale[:, None, None])
+    wide.masked_fill_(codes.view(torch.int8).bitwise_and(0x7F) == 0x7F, torch.nan)
+    return wide
 
 
 class BlockAllocator:
@@ -142,15 +165,21 @@ class KVCache:
     """The pool of one model: tensors for every layer, the allocator and the block tables."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, max_tokens: int, max_seqs: int = 1
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        max_tokens: int,
+        max_seqs: int = 1,
+        widened: torch.dtype = torch.bfloat16,
     ) -> None:
         """Reserve address space for `max_tokens`; the system commits a page when it is written.
 
         Args:
             config: shapes.
-            dtype: of keys and values.
+            dtype: of keys and values; FP8: with scales, which are 1 until somebody sets them.
             max_tokens: capacity of the pool and the longest sequence.
             max_seqs: sequences that may be open at once.
+            widened: the computing dtype, for a cache in fp8.
         """
         self.num_pages = pages_for(max_tokens)
         self.max_tokens = self.num_pages * PAGE_SIZE
@@ -158,8 +187,17 @@ class KVCache:
         layers = range(config.num_layers)
         self.k = [torch.empty(shape, dtype=dtype) for _ in layers]
         self.v = [torch.empty(shape, dtype=dtype) for _ in layers]
+        self.k_scale: Tensor | None = None  # [layers, kv_heads] float32, powers of two: fp8 only
+        self.v_scale: Tensor | None = None
+        self._widened: tuple[Tensor, Tensor] | None = None
+        if dtype == FP8:
+            self.k_scale, self.v_scale = (
+                torch.ones(config.num_layers, config.num_kv_heads) for _ in range(2)
+            )
+            self._widened = torch.empty(shape, dtype=widened), torch.empty(shape, dtype=widened)
         self.allocator = BlockAllocator(self.num_pages)
         self.block_table = torch.zeros(max_seqs, self.num_pages, dtype=torch.int32)
+        self.decode_scratch: Tensor | None = None  # of ops.decode_attention_scratch, on a GPU
         self._free_rows = list(range(max_seqs - 1, -1, -1))
         self.page_bytes = PAGE_SIZE * config.kv_bytes_per_token(dtype)
 
@@ -181,6 +219,39 @@ class KVCache:
         """Give back everything of a sequence."""
         sequence.truncate(0)
         self._free_rows.append(sequence.row)
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of K and V of a layer, [kv_heads] float32 each; None without fp8."""
+        if self.k_scale is None or self.v_scale is None:
+            return None, None
+        return self.k_scale[layer], self.v_scale[layer]
+
+    def widened(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of a layer in the computing dtype, valid in these pages until the next call.
+
+        Without fp8 nothing is copied: all pages of the layer.
+        """
+        if self._widened is None:
+            return self.k[layer], self.v[layer]
+        stored = self.k[layer], self.v[layer]
+        for wide, codes, scale in zip(self._widened, stored, self.scales(layer), strict=True):
+            assert scale is not None, "a cache in fp8 has scales"
+            for some in torch.split(pages, max(1, _WIDEN_VALUES // wide[0].numel())):
+                wide[some] = _widen_pages(codes[some], scale).to(wide.dtype)
+        return self._widened
+
+    def unrounded(self) -> KVCache:
+        """This cache in fp8 as one in the computing dtype, for a pass that needs no rounded keys.
+
+        It has the same pages and sequences. All layers lie in the same memory: each is there from
+        its append to that of the next, which is as long as a forward pass needs it.
+        """
+        assert self._widened is not None, "a cache in fp8"
+        k, v = self._widened
+        plain = copy.copy(self)
+        plain.k, plain.v = [k] * len(self.k), [v] * len(self.v)
+        plain.k_scale = plain.v_scale = plain._widened = None
+        return plain
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy the keys and values of a page, all layers."""

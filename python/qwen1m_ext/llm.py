@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast
 from torch import Tensor
 from tqdm import tqdm
 
-from .choices import DTypeName, RopeName, SpeculativeName
+from .choices import DTypeName, KVCacheName, RopeName, SpeculativeName
 from .engine import Engine
 from .errors import RequestError
 from .events import OnProgress
@@ -50,6 +50,7 @@ class LLM:
         model: str | Path,
         *,
         dtype: DTypeName = "auto",
+        kv_cache_dtype: KVCacheName = "auto",
         max_model_len: int | None = None,
         device: str = "auto",
         rope: RopeName = "auto",
@@ -69,6 +70,7 @@ class LLM:
         self.engine = Engine(
             model,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             max_model_len=max_model_len,
             device=device,
             rope=rope,

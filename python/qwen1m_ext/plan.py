@@ -14,7 +14,7 @@ import torch
 from .config import ModelConfig
 from .errors import ConfigError, MemoryBudgetError
 from .fp8 import FP8
-from .kv_cache import cache_bytes
+from .kv_cache import cache_bytes, widened_bytes
 from .memory import format_bytes
 from .model import activation_bytes, linear_scratch_bytes, logits_bytes
 from .sparsity import score_bytes
@@ -73,8 +73,6 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
         "scratch": _scratch_bytes(config, d),
         "logits": logits_bytes(config, d.dtype, d.chunk + d.decode_rows),
     }
-    if d.kv_dtype == FP8:
-        items["kv cache"] += 2 * config.num_layers * config.num_kv_heads * 4  # scales
     if d.gpu:
         items["runtime"] = RUNTIME_BYTES
     return MemoryPlan(items)
@@ -83,17 +81,17 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
 def _scratch_bytes(config: ModelConfig, d: Deployment) -> int:
     """What is held for a moment besides the activations.
 
-    Sparse: the scores of the selection. On the CPU: a block of widened weights. On a GPU: keys and
-    values of one layer, widened once per prefill chunk; a prefill kernel that gathers columns, or
-    reads fp8, is fed from a contiguous copy in the computing dtype, while dense bf16 attention
-    reads the pages where they lie.
+    Sparse: the scores of the selection. With an fp8 cache: keys and values of one layer, widened
+    once per prefill chunk. On the CPU: a block of widened weights. On a GPU, sparse: a prefill
+    kernel that gathers columns is fed from a contiguous copy in the computing dtype, while dense
+    bf16 attention reads the pages where they lie.
     """
-    scores = score_bytes(config, d.tokens) if d.sparse else 0
+    size = score_bytes(config, d.tokens) if d.sparse else 0
+    if d.kv_dtype == FP8 or (d.gpu and d.sparse):
+        size += widened_bytes(config, d.dtype, d.tokens)
     if not d.gpu:
-        return scores + linear_scratch_bytes(config, d.dtype, d.chunk)
-    if d.sparse or d.kv_dtype == FP8:
-        return scores + 2 * d.tokens * config.kv_size * d.dtype.itemsize
-    return 0
+        size += linear_scratch_bytes(config, d.dtype, d.chunk)
+    return size
 
 
 def largest_context(config: ModelConfig, deployment: Deployment, available: int) -> int:

@@ -134,8 +134,6 @@ class Report:
             )
         if d.gpu:
             yield "for a GPU this is arithmetic from stated rates, not a measurement"
-        if d.kv_dtype == FP8:
-            yield "an fp8 cache is planned, not in this version"
         if d.sparse:
             yield f"sparse attention: {self.columns:,} columns per row assumed (--columns)"
 

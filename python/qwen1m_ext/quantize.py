@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from . import kv_scales
 from .config import FP8_QUANTIZATION, load_config, read_json
+from .engine import Engine
 from .errors import ConfigError, MemoryBudgetError, WeightsError
 from .fp8 import quantise
 from .memory import format_bytes
@@ -109,6 +111,22 @@ def quantize_with_bar(model_dir: str | Path, out_dir: str | Path, *, quiet: bool
     total = weight_bytes(config, torch.bfloat16) // 2
     with tqdm(total=total, unit="param", unit_scale=True, desc="quantize", disable=quiet) as bar:
         quantize_checkpoint(model_dir, out_dir, bar.update)
+
+
+def store_kv_scales(model_dir: str | Path) -> None:
+    """Keep the scales of an fp8 cache with a checkpoint: an engine then need not find them.
+
+    They also become those of every machine: a session file goes from one to the other.
+    """
+    engine = Engine(
+        model_dir,
+        kv_cache_dtype="fp8",
+        max_model_len=kv_scales.PASS_TOKENS,
+        attention="dense",
+        load_tokenizer=False,
+        max_num_seqs=1,
+    )
+    kv_scales.store(engine.cache, Path(model_dir))
 
 
 def _converted(name: str, tensor: Tensor) -> dict[str, Tensor]:

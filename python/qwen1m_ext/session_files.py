@@ -6,8 +6,9 @@
 
 Numbers are little-endian. A page is [kv_heads, 128, head_dim] as in the pool; rows beyond the last
 token are zero, so nothing of another conversation gets into a file. The header says what cached
-keys depend on: weights (a fingerprint), positions, temperature, dtype and shapes of the cache. A
-file is checked against the engine before its first page is read, and every part against its sum.
+keys depend on: weights (a fingerprint), positions, temperature, dtype, scales and shapes of the
+cache. A file is checked against the engine before its first page is read, and every part against
+its sum.
 
 A file appears under its name only when it is complete and on the disk: it is written beside it,
 synced and renamed. Whatever interrupts that leaves an older file of the name as it was.
@@ -50,7 +51,7 @@ _MAX_HEADER = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheKey:
     """What cached keys and values depend on besides the tokens. Equal keys: interchangeable."""
 
@@ -61,6 +62,7 @@ class CacheKey:
     rope_theta: float
     attention: str  # policy of the prefill
     dtype: str  # of the cache
+    kv_exponents: dict[str, list[list[int]]] | None = None  # scales in fp8, see `kv_scales.py`
     num_layers: int
     kv_heads: int
     head_dim: int
@@ -95,7 +97,8 @@ def cache_key(engine: Engine, attention: str) -> CacheKey:
         original_max_position_embeddings=dual_chunk.original_max_position_embeddings,
         rope_theta=config.rope_theta,
         attention=attention,
-        dtype=str(engine.dtype).removeprefix("torch."),
+        dtype=str(engine.kv_dtype).removeprefix("torch."),
+        kv_exponents=engine.kv_exponents,
         num_layers=config.num_layers,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -345,6 +348,8 @@ def _check_key(info: SessionInfo, engine: Engine, path: Path) -> None:
     own, stored = asdict(cache_key(engine, attention)), asdict(info.key)
     for field, value in own.items():
         if stored[field] != value:
+            if field == "kv_exponents":
+                value, stored[field] = "the scales", "others"  # too many to print
             raise SessionFileError(
                 f"{path}: {field}: expected {value} (this engine's), got {stored[field]}: "
                 "the session belongs to another model or configuration"

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lib.checkpoints import write_checkpoint
 from qwen1m_ext import LLM, ops
-from qwen1m_ext.attention import Batch, Segment
+from qwen1m_ext.attention import Batch, Segment, reserve_decode_scratch
 
 # What a stream would have to be waited for, or whose result has a size that only the device knows.
 SYNCHRONISING = (
@@ -124,11 +124,14 @@ class Step:
         )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "fp8 cache"])
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    """A random model in each dtype."""
+    """A random model in each dtype, and with a cache in fp8."""
     checkpoint: Path = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), gain=2.0)
-    return LLM(checkpoint, dtype=request.param, max_model_len=512, max_num_seqs=SEQUENCES + 1)
+    kinds: dict[str, Any] = {"dtype": request.param}
+    if request.param == "fp8 cache":
+        kinds = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}
+    return LLM(checkpoint, max_model_len=512, max_num_seqs=SEQUENCES + 1, **kinds)
 
 
 @pytest.fixture
@@ -173,6 +176,30 @@ def test_the_same_buffers_give_the_same_tokens(step: Step) -> None:
         step.model.logits(step.hidden, step.logits)
     assert torch.equal(fresh, step.hidden)
     assert torch.equal(logits, step.logits.float())
+
+
+def test_every_call_is_given_the_scratch_that_is_kept(
+    step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's: large enough for each call, so that none makes its own."""
+    config = step.model.config
+    q = torch.empty(SEQUENCES, 1, config.num_q_heads, config.head_dim)
+    reserve_decode_scratch(step.rotary, step.cache, q, num_sms=132)
+    kept = step.cache.decode_scratch
+    assert kept is not None
+    given, plain = [], ops.decode_attention
+
+    def spy(out: Any, lse: Any, q: Any, k: Any, v: Any, table: Any, *rest: Any) -> None:
+        needed = ops.decode_attention_scratch(q, k, table, rest[3], rest[4], num_sms=132)
+        given.append((rest[5], len(needed)))
+        plain(out, lse, q, k, v, table, *rest)
+
+    monkeypatch.setattr(ops, "decode_attention", spy)
+    with torch.inference_mode():
+        step.run(step.plan())
+    step.cache.decode_scratch = None
+    assert len(given) == config.num_layers
+    assert all(scratch is kept and size <= len(kept) for scratch, size in given)
 
 
 def test_the_recorder_sees_what_it_is_for(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +251,7 @@ def test_no_value_is_needed_on_the_host(step: Step) -> None:
         buffers = [n for n, v in vars(step.model.workspace).items() if isinstance(v, Tensor)]
         empty.model.workspace = stripped(step.model.workspace, *buffers)
         planned = stripped(batch, "positions", "_slots", "_every_row", "_rotary")
-        planned._cache = stripped(step.cache, "k", "v", "block_table")
+        planned._cache = stripped(step.cache, "k", "v", "k_scale", "v_scale", "block_table")
         empty.run(planned)
         assert empty.logits.device.type == "meta"
         with pytest.raises((RuntimeError, NotImplementedError)):  # what reads a value fails

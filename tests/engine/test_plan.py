@@ -13,6 +13,7 @@ import torch
 from lib.checkpoints import model_config, write_checkpoint
 from qwen1m_ext import LLM
 from qwen1m_ext.attention import Rotary
+from qwen1m_ext.choices import KVCacheName
 from qwen1m_ext.cli import main
 from qwen1m_ext.config import ModelConfig, read_config
 from qwen1m_ext.cost_model import prefill_flops
@@ -27,7 +28,7 @@ from qwen1m_ext.estimate import (
 )
 from qwen1m_ext.fp8 import FP8
 from qwen1m_ext.kv_cache import KVCache
-from qwen1m_ext.model import Workspace
+from qwen1m_ext.model import Workspace, linear_scratch_bytes
 from qwen1m_ext.plan import Deployment, fit_context, largest_context, memory_plan
 from qwen1m_ext.planner import Report, cheapest_changes, plan_report
 from qwen1m_ext.weights import expected_shapes
@@ -173,32 +174,53 @@ def nbytes(tensors: list[torch.Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in {id(t): t for t in tensors}.values())
 
 
+def cache_tensors(cache: KVCache) -> list[torch.Tensor]:
+    """What a cache keeps; not the pages that one in fp8 widens into, which are scratch."""
+    scales = [scale for scale in (cache.k_scale, cache.v_scale) if scale is not None]
+    return [*cache.k, *cache.v, cache.block_table, *scales]
+
+
+def scratch_tensors(cache: KVCache) -> list[torch.Tensor]:
+    """The pages that a cache in fp8 widens into."""
+    plain = cache.unrounded()
+    return [plain.k[0], plain.v[0]]
+
+
+@pytest.mark.parametrize("kv_dtype", [BF16, FP8])
 @pytest.mark.parametrize("size", ["7b", "14b"])
-def test_a_plan_is_what_the_published_models_allocate(size: str) -> None:
+def test_a_plan_is_what_the_published_models_allocate(size: str, kv_dtype: torch.dtype) -> None:
     """On the meta device, every item at a million tokens: to the byte."""
     config = MODELS[size]
-    d = deployment(1_000_000, max_seqs=8, gpu=False)
+    d = deployment(1_000_000, max_seqs=8, gpu=False, kv_dtype=kv_dtype)
     plan = memory_plan(config, d)
     with torch.device("meta"):
         weights = [torch.empty(s, dtype=BF16) for s in expected_shapes(config).values()]
-        cache = KVCache(config, BF16, d.tokens, d.max_seqs)
+        cache = KVCache(config, kv_dtype, d.tokens, d.max_seqs)
         workspace = Workspace(config, BF16, d.chunk)
         rotary = Rotary.build(config, config.dual_chunk, d.tokens)
     activations = [t for t in vars(workspace).values() if isinstance(t, torch.Tensor)]
     assert plan.items["weights"] == nbytes(weights)
-    assert plan.items["kv cache"] == nbytes([*cache.k, *cache.v, cache.block_table])
+    assert plan.items["kv cache"] == nbytes(cache_tensors(cache))
+    if kv_dtype == FP8:
+        scratch = plan.items["scratch"] - linear_scratch_bytes(config, BF16, d.chunk)
+        assert scratch == nbytes(scratch_tensors(cache))
+        assert scratch == memory_plan(config, replace(d, gpu=True)).items["scratch"]
     assert plan.items["activations"] == nbytes(activations)
     assert plan.items["rotary table"] == nbytes([rotary.table])
 
 
-def test_an_engine_allocates_its_plan(checkpoint: Path) -> None:
-    engine = LLM(checkpoint, max_model_len=1000, prefill_chunk_tokens=300).engine
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_an_engine_allocates_its_plan(checkpoint: Path, kv: KVCacheName) -> None:
+    engine = LLM(checkpoint, max_model_len=1000, prefill_chunk_tokens=300, kv_cache_dtype=kv).engine
     model, items = engine.model, engine.plan.items
     weights = [model.weights.embed, model.weights.norm]
     weights += [t for layer in model.weights.layers for t in vars(layer).values()]
     assert items["weights"] == sum(t.numel() * t.itemsize for t in weights)
     cache = engine.cache
-    assert items["kv cache"] == nbytes([*cache.k, *cache.v, cache.block_table])
+    assert items["kv cache"] == nbytes(cache_tensors(cache))
+    if kv == "fp8":
+        scratch = nbytes(scratch_tensors(cache))
+        assert 0 < scratch <= items["scratch"]
     assert items["activations"] == nbytes(
         [t for t in vars(model.workspace).values() if isinstance(t, torch.Tensor)]
     )

@@ -289,7 +289,8 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr()
     assert "perplexity" in said.out and "KL" in said.out and "100%" in said.err
     report = json.loads((out / "accuracy.json").read_text())
-    assert report["tokens"] == 598 and report["kl_mean"] > 0
+    assert report["tokens"] == report["with_fp8_cache"]["tokens"] == 598 and report["kl_mean"] > 0
+    assert report["with_fp8_cache"]["kl_mean"] != report["kl_mean"] and "--kv fp8" in said.out
     assert main(command) == 2 and "expected a new directory" in capsys.readouterr().err
     assert (
         main(["generate", "a", "-m", str(out), "--max-tokens", "3", "--max-model-len", "64"]) == 0

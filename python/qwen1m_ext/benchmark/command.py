@@ -107,6 +107,7 @@ def _engine(args: argparse.Namespace, tokens: int, max_num_seqs: int = 1) -> Eng
     return Engine(
         args.model,
         dtype=args.dtype,
+        kv_cache_dtype=args.kv,
         device=args.device,
         rope=args.rope,
         attention=args.attention,

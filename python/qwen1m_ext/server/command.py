@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     keys = args.api_key or [key for key in [os.environ.get("QWEN1M_API_KEY")] if key]
     engine: dict[str, Any] = {
         "dtype": args.dtype,
+        "kv_cache_dtype": args.kv,
         "device": args.device,
         "rope": args.rope,
         "attention": args.attention,
