@@ -1,4 +1,4 @@
-"""fp8 weights with the hidden size and the heads of the 7B and 14B models."""
+"""fp8 weights and an fp8 cache with the hidden size and the heads of the 7B and 14B models."""
 
 from __future__ import annotations
 
@@ -33,3 +33,6 @@ def test_divergence_of_random_layers(size: str, tmp_path: Path) -> None:
     result = compare(before, after, ids)
     print(result)
     assert 1e-5 < result.kl_mean < 2e-3 and result.kl_max < 1e-2
+    cached = compare(before, LLM(source, max_model_len=514, kv_cache_dtype="fp8"), ids)
+    print(cached)
+    assert 1e-5 < cached.kl_mean < 5e-4 and cached.kl_max < 5e-3
