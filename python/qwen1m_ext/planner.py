@@ -134,6 +134,8 @@ class Report:
             )
         if d.gpu:
             yield "for a GPU this is arithmetic from stated rates, not a measurement"
+        if d.kv_dtype == FP8:
+            yield "an fp8 cache suffers from large key biases: `qwen1m quantize` reports how much"
         if d.sparse:
             yield f"sparse attention: {self.columns:,} columns per row assumed (--columns)"
 

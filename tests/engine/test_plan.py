@@ -266,6 +266,8 @@ def test_changes_fit_and_are_minimal() -> None:
             assert change is other or not change.options.items() <= other.options.items()
     assert report("14b", 1_000_000, kv="fp8").fits
     assert report("14b", 1_000_000, kv="fp8").changes == []
+    assert any("fp8 cache" in note for note in report("14b", 1_000_000, kv="fp8").notes())
+    assert not any("fp8 cache" in note for note in plan.notes())
 
 
 def test_the_smallest_change_comes_first() -> None:
