@@ -140,6 +140,7 @@ RANKS = [
         "grammar",
         "session_files",
         "speculative",
+        "offload",
     },
     {"model", "sequence", "engine_messages"},
     {
@@ -149,7 +150,6 @@ RANKS = [
         "residency",
         "runner",
         "output_processor",
-        "offload",
         "plan",
     },
     {"scheduler", "estimate"},
@@ -165,6 +165,7 @@ RANKS = [
 # Modules that launch no kernel: of ops they may have constants (PAGE_SIZE) only.
 WITHOUT_KERNELS = {
     "kv_cache",
+    "offload",
     "prefix_cache",
     "sequence",
     "residency",

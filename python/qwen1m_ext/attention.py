@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -119,12 +120,15 @@ class Batch:
         """Number of rows."""
         return self._first[-1]
 
+    def in_cache(self) -> AbstractContextManager[None]:
+        """Around the forward pass of this batch; see `KVCache.step`."""
+        return self._cache.step([(s.sequence, s.begin, s.end) for s in self._segments])
+
     def append_kv(self, layer: int, q: Tensor, qkv: Tensor, bias: Tensor, rows: slice) -> None:
         """Bias, rotation and cache write for some rows; q: [rows, q_heads, D] is written."""
         ops.qkv_rope_append(
             q,
-            self._cache.k[layer],
-            self._cache.v[layer],
+            *self._cache.layer(layer),
             qkv,
             bias,
             self.positions[rows],
@@ -144,12 +148,14 @@ class Batch:
                 self._run(part.call, layer, q[rows], out[rows])
         if not self._parts:
             self._run(self._every_row, layer, q, out)
+        self._cache.release(layer)
 
     def attend_rows(self, layer: int, q: Tensor, out: Tensor, rows: Tensor) -> None:
         """Attention of chosen rows, ascending; q and out: [len(rows), q_heads, D]."""
         if self._some_rows is None or self._some_rows[0] is not rows:
             self._some_rows = rows, self._call(self._runs(rows.tolist()))
         self._run(self._some_rows[1], layer, q, out)
+        self._cache.release(layer)
 
     def stored(self, layer: int, segment: int) -> Stored:
         """What is cached of a segment's sequence, and how its queries meet it."""
@@ -222,13 +228,14 @@ class Batch:
 
     def _run(self, call: _Call, layer: int, q: Tensor, out: Tensor) -> None:
         dca, cache = self._rotary.dual_chunk, self._cache
+        k, v = cache.layer(layer)
         common = self._rotary.table, dca.chunk_size, dca.local_size
         run = row = 0
         for count, tokens in call.groups:
             rows, runs = slice(row, row + count * tokens), slice(run, run + count)
             shape = (count, tokens, *q.shape[1:])
             ops.decode_attention(
-                out[rows].view(shape), None, q[rows].view(shape), cache.k[layer], cache.v[layer],
+                out[rows].view(shape), None, q[rows].view(shape), k, v,
                 call.block_table[runs], call.kv_len[runs], call.logit_scale[runs], *common,
                 cache.decode_scratch, *cache.scales(layer),
             )  # fmt: skip

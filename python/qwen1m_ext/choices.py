@@ -15,6 +15,7 @@ DTypeName = Literal["auto", "bfloat16", "float32"]
 RopeName = Literal["auto", "dca", "plain"]
 SpeculativeName = Literal["ngram"]
 KVCacheName = Literal["auto", "fp8"]
+KVOffloadName = Literal["host"]
 
 
 def choose_device(device: str) -> str:

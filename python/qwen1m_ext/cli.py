@@ -60,6 +60,18 @@ def gibibytes(text: str) -> int:
     return size
 
 
+def byte_count(text: str) -> int:
+    """Parse a number of bytes: 1000000, 512m or 8g (k, m, g: powers of 1,024)."""
+    unit = "kmg".find(text[-1:].lower()) + 1
+    try:
+        size = round(float(text[:-1]) * 1024**unit) if unit and text else int(text)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected bytes such as 512m or 8g, got {text!r}")
+    return size
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns 0 (done), 1 (wrong answer), 2 (error) or 130 (stopped)."""
     args = _parser().parse_args(argv)
@@ -167,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--chunk", type=token_count, metavar="N", help="prefill chunk, 32k")
     plan.add_argument("--columns", type=token_count, metavar="N",
                       help="keys per row of sparse attention")  # fmt: skip
+    _add_offload(plan)
     plan.add_argument("--memory", type=gibibytes, metavar="GIB", help="what is available")
     plan.add_argument("--json", action="store_true")
 
@@ -211,8 +224,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                         help="budgets (default: the checkpoint's)")  # fmt: skip
     parser.add_argument("--speculative", choices=("ngram",),
                         help="guess ahead from earlier text: same output, fewer steps")  # fmt: skip
+    _add_offload(parser)
     parser.add_argument("--max-model-len", type=token_count, metavar="N",
                         help="context to reserve for (default: the model's)")  # fmt: skip
+
+
+def _add_offload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kv-offload", choices=("host",),
+                        help="layers of the cache wait in host memory: same output")  # fmt: skip
+    parser.add_argument("--device-kv-bytes", type=byte_count, metavar="N",
+                        help="what the device then holds of it: 8g, 512m (default: two "
+                        "layers)")  # fmt: skip
 
 
 def _add_model_and_sampling(parser: argparse.ArgumentParser) -> None:
@@ -245,6 +267,8 @@ def _load(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
         sparse_config=args.sparse_config,
         max_model_len=args.max_model_len,
         speculative=args.speculative,
+        kv_offload=args.kv_offload,
+        device_kv_bytes=args.device_kv_bytes,
     )
     given = {name: getattr(args, name, None) for name in (*_SAMPLING, "stop", "ignore_eos")}
     params = replace(
@@ -339,6 +363,8 @@ def _plan(args: argparse.Namespace) -> int:
         kv=args.kv,
         sparse=args.attention == "sparse",
         memory=args.memory,
+        kv_offload=args.kv_offload,
+        device_kv_bytes=args.device_kv_bytes,
         **{name: value for name, value in given.items() if value is not None},
     )
     return run_plan(report, as_json=args.json)

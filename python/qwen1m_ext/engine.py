@@ -24,6 +24,7 @@ from .attention import Rotary
 from .choices import (
     DTypeName,
     KVCacheName,
+    KVOffloadName,
     RopeName,
     SpeculativeName,
     choose_device,
@@ -42,6 +43,7 @@ from .handle import RequestHandle
 from .kv_cache import KVCache, pages_for
 from .memory import available_bytes, format_bytes
 from .model import Qwen2Model
+from .offload import OffloadedCache, check_budget, check_options
 from .output_processor import OutputProcessor
 from .plan import PREFILL_CHUNK_TOKENS, Deployment, fit_context, memory_plan
 from .prefill_policy import PrefillPolicy
@@ -90,6 +92,8 @@ class Engine:
         short_share: float = 0.5,
         enable_prefix_caching: bool = True,
         speculative: SpeculativeName | None = None,
+        kv_offload: KVOffloadName | None = None,
+        device_kv_bytes: int | None = None,
     ) -> None:
         """Load a checkpoint and reserve its cache.
 
@@ -119,6 +123,10 @@ class Engine:
             enable_prefix_caching: reuse pages of earlier prompts that begin alike.
             speculative: "ngram": guess the next tokens from what followed the last ones before;
                 the output is what it would be without, see `speculative.py`.
+            kv_offload: "host": layers of the cache wait in host memory and are copied in their
+                turn; the output is what it would be without, see `offload.py`.
+            device_kv_bytes: with `kv_offload`, what the device may hold of the cache; None: two
+                layers, the least.
 
         Raises:
             ConfigError, WeightsError: the checkpoint, or an argument above, does not fit.
@@ -152,6 +160,7 @@ class Engine:
         if speculative not in (None, "ngram"):
             raise ConfigError(f"speculative: expected ngram or None, got {speculative!r}")
         self._speculative = speculative
+        check_options(kv_offload, device_kv_bytes)
         deployment = Deployment(
             tokens=0,
             dtype=self.dtype,
@@ -160,10 +169,13 @@ class Engine:
             max_seqs=max_num_seqs + MAX_SESSIONS,
             decode_rows=max_num_seqs,
             sparse=attention != "dense",
+            kv_offload=kv_offload is not None,
+            device_kv_bytes=device_kv_bytes,
         )
         shape = replace(self.config, dual_chunk=self.dual_chunk)
         self.max_model_len = fit_context(shape, deployment, max_model_len, available_bytes())
         self.plan = memory_plan(shape, replace(deployment, tokens=self.max_model_len))
+        check_budget(self.config, self.kv_dtype, self.max_model_len, device_kv_bytes)
         weights = load_weights(model_dir, self.config, self.dtype)
         self.chunk_tokens = min(prefill_chunk_tokens, self.max_model_len)
         self.step_tokens = self.chunk_tokens + max_num_seqs
@@ -180,9 +192,8 @@ class Engine:
             self.config, self.dual_chunk, self.max_model_len, critical=self.sparse is not None
         )
         self.model = Qwen2Model(self.config, weights, self.step_tokens)
-        self.cache = KVCache(
-            self.config, self.kv_dtype, self.max_model_len, deployment.max_seqs, self.dtype
-        )
+        size = self.config, self.kv_dtype, self.max_model_len, deployment.max_seqs, self.dtype
+        self.cache = OffloadedCache(*size, device_kv_bytes) if kv_offload else KVCache(*size)
         if self.kv_dtype == FP8 and not kv_scales.load(self.cache, self.config, self.model_dir):
             kv_scales.calibrate(self.model, self.rotary, self.cache, self.max_model_len)
         self.kv_exponents = kv_scales.exponents(self.cache)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +47,13 @@ speed-up over dense at a million tokens that the Qwen2.5-1M report states (27.8x
 overrides it, since it depends on the text."""
 
 
+PCIE = {4: 26.3e9, 5: 56.7e9}
+"""Bytes/s from host memory to a card over 16 lanes of each generation, as nvbandwidth's
+host_to_device_memcpy_ce was reported to measure: 26.3 GB/s (RTX 4090, NVIDIA/nvbandwidth issue 15)
+and 56.7 to 57.1 GB/s (H100, issue 6; one of its four cards reached 14.2). The lanes carry 32 and
+64 GB/s."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """A device: its memory and its ceilings."""
@@ -56,13 +63,16 @@ class Machine:
     matmul: float  # FLOP/s of bf16 matrix products
     fp8_matmul: float | None  # FLOP/s; None: fp8 weights are widened first
     bandwidth: float  # bytes/s of a copy
+    link: float  # bytes/s from host memory
     source: str
     dense_share: float = DENSE_ATTENTION_SHARE
     sparse_share: float = SPARSE_ATTENTION_SHARE
     gpu: bool = True
 
 
-def _card(name: str, mib: int, tflops: float, fp8: float | None, terabytes: float) -> Machine:
+def _card(
+    name: str, mib: int, tflops: float, fp8: float | None, terabytes: float, pcie: int
+) -> Machine:
     """From the datasheet (dense TFLOP/s, TB/s) and the shares above; memory as nvidia-smi says."""
     return Machine(
         name,
@@ -70,6 +80,7 @@ def _card(name: str, mib: int, tflops: float, fp8: float | None, terabytes: floa
         tflops * 1e12 * MATMUL_SHARE,
         fp8 * 1e12 * FP8_SHARE if fp8 else None,
         terabytes * 1e12 * COPY_SHARE,
+        PCIE[pcie],
         "datasheet rates, times the shares that an H200 (fp8: an H800) was measured to reach",
     )
 
@@ -78,13 +89,13 @@ def _card(name: str, mib: int, tflops: float, fp8: float | None, terabytes: floa
 CARDS = {
     card.name: card
     for card in (
-        _card("h200", 143_771, 989, 1979, 4.8),
-        _card("h100", 81_559, 989, 1979, 3.35),
-        _card("h20", 97_871, 148, 296, 4.0),
-        _card("a100", 81_920, 312, None, 2.039),
-        _card("a100-40g", 40_960, 312, None, 1.555),
-        _card("l40s", 46_068, 362, 733, 0.864),
-        _card("rtx4090", 24_564, 165, 330, 1.008),
+        _card("h200", 143_771, 989, 1979, 4.8, 5),
+        _card("h100", 81_559, 989, 1979, 3.35, 5),
+        _card("h20", 97_871, 148, 296, 4.0, 5),
+        _card("a100", 81_920, 312, None, 2.039, 4),
+        _card("a100-40g", 40_960, 312, None, 1.555, 4),
+        _card("l40s", 46_068, 362, 733, 0.864, 4),
+        _card("rtx4090", 24_564, 165, 330, 1.008, 4),
     )
 }
 
@@ -97,11 +108,12 @@ class Seconds:
     attention: float
     elementwise: float  # norms, rotation, cache write, SwiGLU: their bytes
     decode_step: float
+    link: float = 0.0  # of a prefill: copies of an offloaded cache that no computation hides
 
     @property
     def prefill(self) -> float:
         """To the first token."""
-        return self.linear + self.attention + self.elementwise
+        return self.linear + self.attention + self.elementwise + self.link
 
 
 def linear_params(config: ModelConfig) -> int:
@@ -130,6 +142,31 @@ def decode_bytes(config: ModelConfig, d: Deployment) -> tuple[int, int]:
     return linear + head, d.tokens * config.kv_bytes_per_token(d.kv_dtype)
 
 
+def link_bytes(config: ModelConfig, d: Deployment) -> tuple[float, float]:
+    """Bytes that an offloaded cache moves in (a prefill, a decode step).
+
+    Each chunk of a prefill loads all tokens before it and stores its own; a decode step loads the
+    whole context, beside which the page that it stores is nothing.
+    """
+    share = len(d.streamed_layers(config)) / config.num_layers
+    per_token = config.kv_bytes_per_token(d.kv_dtype) * share
+    chunks = -(-d.tokens // d.chunk)
+    loaded = d.chunk * chunks * (chunks - 1) / 2
+    return (loaded + d.tokens) * per_token, d.tokens * per_token
+
+
+def _with_link(config: ModelConfig, d: Deployment, link: float, s: Seconds) -> Seconds:
+    """Copies run beside the computation: what ends last counts.
+
+    The first layer of a step, if it is away, is waited for by a computation that has not begun.
+    """
+    prefill, decode = (size / link for size in link_bytes(config, d))
+    away = d.streamed_layers(config)
+    first = decode / len(away) if away[:1] == [0] else 0.0
+    step = max(s.decode_step + first, decode)
+    return replace(s, link=max(0.0, prefill - s.prefill), decode_step=step)
+
+
 def estimate(
     config: ModelConfig, d: Deployment, machine: Machine, columns: int = SPARSE_COLUMNS
 ) -> tuple[Seconds, Seconds]:
@@ -142,9 +179,11 @@ def estimate(
     weights, cache = (size / machine.bandwidth for size in decode_bytes(config, d))
     share = machine.sparse_share if d.sparse else machine.dense_share
     read_share = FP8_DECODE_SHARE if machine.gpu and d.kv_dtype == FP8 else 1.0
+    floor = Seconds(linear, attention, elementwise, weights + cache)
+    expected = Seconds(linear, attention / share, elementwise, weights + cache / read_share)
     return (
-        Seconds(linear, attention, elementwise, weights + cache),
-        Seconds(linear, attention / share, elementwise, weights + cache / read_share),
+        _with_link(config, d, machine.link, floor),
+        _with_link(config, d, machine.link, expected),
     )
 
 
@@ -171,7 +210,8 @@ def measure_cpu(config: ModelConfig, dtype: torch.dtype, memory: int) -> Machine
     )  # fmt: skip
     share = 4 * config.q_size * attention_pairs(tokens, None) / seconds / matmul
     source = "measured just now on this machine: a matrix product, attention at 1,024 tokens, a sum"
-    return Machine("cpu", memory, matmul, None, bandwidth, source, share, share, gpu=False)
+    link = bandwidth / 2  # a copy within one memory reads and writes
+    return Machine("cpu", memory, matmul, None, bandwidth, link, source, share, share, gpu=False)
 
 
 def _fastest(call: Callable[[], object]) -> float:

@@ -18,6 +18,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -232,8 +233,8 @@ class KVCache:
         Without fp8 nothing is copied: all pages of the layer.
         """
         if self._widened is None:
-            return self.k[layer], self.v[layer]
-        stored = self.k[layer], self.v[layer]
+            return self.layer(layer)
+        stored = self.layer(layer)
         for wide, codes, scale in zip(self._widened, stored, self.scales(layer), strict=True):
             assert scale is not None, "a cache in fp8 has scales"
             for some in torch.split(pages, max(1, _WIDEN_VALUES // wide[0].numel())):
@@ -252,6 +253,20 @@ class KVCache:
         plain.k, plain.v = [k] * len(self.k), [v] * len(self.v)
         plain.k_scale = plain.v_scale = plain._widened = None
         return plain
+
+    def step(self, spans: Sequence[tuple[SequenceCache, int, int]]) -> AbstractContextManager[None]:
+        """Around a forward pass that writes the tokens [begin, end) of each (sequence, begin, end).
+
+        `OffloadedCache` moves layers in it; here all are where they are used.
+        """
+        return nullcontext()
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer as the ops take them; ask layer after layer, again for each op."""
+        return self.k[layer], self.v[layer]
+
+    def release(self, layer: int) -> None:
+        """The step does not need a layer any more."""
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy the keys and values of a page, all layers."""

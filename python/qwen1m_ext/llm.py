@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast
 from torch import Tensor
 from tqdm import tqdm
 
-from .choices import DTypeName, KVCacheName, RopeName, SpeculativeName
+from .choices import DTypeName, KVCacheName, KVOffloadName, RopeName, SpeculativeName
 from .engine import Engine
 from .errors import RequestError
 from .events import OnProgress
@@ -65,6 +65,8 @@ class LLM:
         short_share: float = 0.5,
         enable_prefix_caching: bool = True,
         speculative: SpeculativeName | None = None,
+        kv_offload: KVOffloadName | None = None,
+        device_kv_bytes: int | None = None,
     ) -> None:
         """Load a checkpoint directory; arguments and errors as in `Engine`."""
         self.engine = Engine(
@@ -85,6 +87,8 @@ class LLM:
             short_share=short_share,
             enable_prefix_caching=enable_prefix_caching,
             speculative=speculative,
+            kv_offload=kv_offload,
+            device_kv_bytes=device_kv_bytes,
         )
 
     @property

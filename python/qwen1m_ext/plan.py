@@ -7,7 +7,7 @@ for machines that are not at hand. Tests hold each item against what is really a
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from .fp8 import FP8
 from .kv_cache import cache_bytes, widened_bytes
 from .memory import format_bytes
 from .model import activation_bytes, linear_scratch_bytes, logits_bytes
+from .offload import SLOTS, layer_bytes, streamed_layers
 from .sparsity import score_bytes
 from .weights import weight_bytes
 
@@ -42,11 +43,19 @@ class Deployment:
     decode_rows: int = 0  # decodes of other sequences that run in one step with a chunk
     sparse: bool = False  # vertical-slash prefill
     gpu: bool = False
+    kv_offload: bool = False  # layers of the cache wait in host memory
+    device_kv_bytes: int | None = None  # with it: what the device may hold; None: the slots
 
     @property
     def chunk(self) -> int:
         """Tokens that are really in a chunk."""
         return min(self.chunk_tokens, self.tokens)
+
+    def streamed_layers(self, config: ModelConfig) -> list[int]:
+        """Layers of the cache whose home is host memory."""
+        if not self.kv_offload:
+            return []
+        return streamed_layers(config, self.kv_dtype, self.tokens, self.device_kv_bytes)
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,11 @@ class MemoryPlan:
     """Bytes by item, in the order in which a person wants to see them."""
 
     items: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)  # beside them, where a GPU has its own
 
     @property
     def total(self) -> int:
-        """Bytes of all items."""
+        """Bytes of all items, without the host's."""
         return sum(self.items.values())
 
 
@@ -75,7 +85,15 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
     }
     if d.gpu:
         items["runtime"] = RUNTIME_BYTES
-    return MemoryPlan(items)
+    streamed = len(d.streamed_layers(config))
+    host = {}
+    if streamed:
+        size = layer_bytes(config, d.kv_dtype, d.tokens)
+        items["kv slots"] = SLOTS * size
+        if d.gpu:
+            items["kv cache"] -= streamed * size
+            host["kv cache"] = streamed * size
+    return MemoryPlan(items, host)
 
 
 def _scratch_bytes(config: ModelConfig, d: Deployment) -> int:

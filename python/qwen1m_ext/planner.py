@@ -13,9 +13,10 @@ import torch
 
 from .config import ModelConfig, read_config
 from .errors import ConfigError
-from .estimate import CARDS, SPARSE_COLUMNS, Machine, Seconds, estimate, measure_cpu
+from .estimate import CARDS, SPARSE_COLUMNS, Machine, Seconds, estimate, link_bytes, measure_cpu
 from .fp8 import FP8
 from .memory import available_bytes, format_bytes
+from .offload import check_budget, check_options
 from .plan import PREFILL_CHUNK_TOKENS, Deployment, MemoryPlan, largest_context, memory_plan
 from .terminal import format_seconds
 
@@ -26,9 +27,17 @@ SHORTER_CHUNKS = (16_384, 8_192, 4_096)
 """What the activations of a prefill chunk may be cut down to; below it products lose speed."""
 
 # What a change costs its user, in no unit: a smaller chunk is felt least, fp8 has to be judged by
-# its accuracy report, another card costs money. A shorter context costs 20 and the percentage that
-# is given up.
-PRICES = {"chunk": 1, "weights": 10, "kv": 12, "attention": 30, "context": 20, "gpu": 100}
+# its accuracy report, another card costs money, and behind an offloaded cache every token
+# waits for the link. A shorter context costs 20 and the percentage that is given up.
+PRICES = {
+    "chunk": 1,
+    "weights": 10,
+    "kv": 12,
+    "attention": 30,
+    "context": 20,
+    "gpu": 100,
+    "kv-offload": 60,
+}
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,11 @@ def _candidates(
     models = [config, *([] if config.quantised else [replace(config, quantised=True)])]
     kvs = [d.kv_dtype, *([FP8] if d.kv_dtype != FP8 else [])]
     sparse = [d.sparse, *([False] if d.sparse else [])]
+    offloads = [d.kv_offload, *([True] if machine.gpu and not d.kv_offload else [])]
     larger = [card for card in CARDS.values() if card.memory > machine.memory and machine.gpu]
     machines = [machine, *sorted(larger, key=lambda card: card.memory)]
-    for (c, chunk), model, kv, s, (m, where) in product(
-        enumerate(chunks), models, kvs, sparse, enumerate(machines)
+    for (c, chunk), model, kv, s, offload, (m, where) in product(
+        enumerate(chunks), models, kvs, sparse, offloads, enumerate(machines)
     ):
         options: dict[str, str] = {}
         price = 0.0
@@ -80,9 +90,11 @@ def _candidates(
             options["kv"], price = "fp8", price + PRICES["kv"]
         if s != d.sparse:
             options["attention"], price = "dense", price + PRICES["attention"]
+        if offload != d.kv_offload:
+            options["kv-offload"], price = "host", price + PRICES["kv-offload"]
         if m:
             options["gpu"], price = where.name, price + PRICES["gpu"] + m
-        changed = replace(d, chunk_tokens=chunk, kv_dtype=kv, sparse=s)
+        changed = replace(d, chunk_tokens=chunk, kv_dtype=kv, sparse=s, kv_offload=offload)
         if options:
             yield price, options, model, changed, where.memory
         if c or m:
@@ -136,6 +148,13 @@ class Report:
             yield "for a GPU this is arithmetic from stated rates, not a measurement"
         if d.kv_dtype == FP8:
             yield "an fp8 cache suffers from large key biases: `qwen1m quantize` reports how much"
+        away = len(d.streamed_layers(self.config))
+        if away:
+            moved = link_bytes(self.config, d)[1]
+            yield (
+                f"kv offload: {away} of {self.config.num_layers} layers in host memory, "
+                f"{format_bytes(moved)} over the link for each token"
+            )
         if d.sparse:
             yield f"sparse attention: {self.columns:,} columns per row assumed (--columns)"
 
@@ -156,6 +175,7 @@ class Report:
             "attention": "sparse" if d.sparse else "dense",
             "chunk_tokens": d.chunk_tokens,
             "bytes": self.memory.items | {"total": self.memory.total},
+            "host_bytes": self.memory.host,
             "available_bytes": self.machine.memory,
             "fits": self.fits,
             "changes": [{"options": c.options, "total_bytes": c.total} for c in self.changes],
@@ -165,6 +185,7 @@ class Report:
                 "matmul_flops": self.machine.matmul,
                 "fp8_matmul_flops": self.machine.fp8_matmul,
                 "bytes_per_s": self.machine.bandwidth,
+                "link_bytes_per_s": self.machine.link,
                 "source": self.machine.source,
             },
             "notes": list(self.notes()),
@@ -183,6 +204,8 @@ class Report:
             yield f"  {name:<14}{format_bytes(size):>12}"
         yield f"  {'total':<14}{format_bytes(self.memory.total):>12}"
         yield f"  {'available':<14}{format_bytes(machine.memory):>12}"
+        for name, size in self.memory.host.items():
+            yield f"  {'host ' + name:<14}{format_bytes(size):>12}"
         over = self.memory.total - machine.memory
         if self.fits:
             yield f"fits, {format_bytes(-over)} to spare"
@@ -201,7 +224,8 @@ class Report:
                 f"({1 / s.decode_step:.1f} tok/s)"
             )
         yield (
-            f"rates: {machine.matmul / 1e12:.3g} TFLOP/s, {machine.bandwidth / 1e12:.3g} TB/s "
+            f"rates: {machine.matmul / 1e12:.3g} TFLOP/s, {machine.bandwidth / 1e12:.3g} TB/s, "
+            f"from host memory {machine.link / 1e9:.3g} GB/s "
             f"({machine.source})"
         )
         for note in self.notes():
@@ -219,6 +243,8 @@ def plan_report(
     chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     memory: int | None = None,
     columns: int = SPARSE_COLUMNS,
+    kv_offload: str | None = None,
+    device_kv_bytes: int | None = None,
 ) -> Report:
     """Plan a deployment.
 
@@ -232,6 +258,8 @@ def plan_report(
         chunk_tokens: of a prefill chunk.
         memory: bytes available, if not what the machine has.
         columns: keys that a row of sparse attention meets.
+        kv_offload: "host": layers of the cache wait in host memory.
+        device_kv_bytes: with it, what the device holds of the cache; None: two layers.
 
     Raises:
         ConfigError: the config, or an argument above, is not understood.
@@ -254,7 +282,11 @@ def plan_report(
         chunk_tokens=chunk_tokens,
         sparse=sparse,
         gpu=machine != "cpu",
+        kv_offload=kv_offload is not None,
+        device_kv_bytes=device_kv_bytes,
     )
+    check_options(kv_offload, device_kv_bytes)
+    check_budget(config, deployment.kv_dtype, tokens, device_kv_bytes)
     if machine == "cpu":
         memory = memory or available_bytes()
         if memory is None:

@@ -116,12 +116,13 @@ class ModelRunner:
         ]
         wanted = _wanted_rows(work, drafts)
         rows = None if len(wanted) == len(ids) else torch.tensor(wanted, dtype=torch.int64)
-        hidden = self._model.forward(
-            torch.tensor(ids, dtype=torch.int64),
-            batch,
-            rows,
-            lambda done, of: self._report(work, done / of),
-        )
+        with batch.in_cache():
+            hidden = self._model.forward(
+                torch.tensor(ids, dtype=torch.int64),
+                batch,
+                rows,
+                lambda done, of: self._report(work, done / of),
+            )
         samples: list[tuple[Piece, int]] = []  # and how many rows
         sampled_rows: list[int] = []
         row = 0

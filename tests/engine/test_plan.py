@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from lib.checkpoints import model_config, write_checkpoint
 from qwen1m_ext import LLM
 from qwen1m_ext.attention import Rotary
 from qwen1m_ext.choices import KVCacheName
-from qwen1m_ext.cli import main
+from qwen1m_ext.cli import byte_count, main
 from qwen1m_ext.config import ModelConfig, read_config
 from qwen1m_ext.cost_model import prefill_flops
 from qwen1m_ext.errors import ConfigError, MemoryBudgetError
@@ -24,11 +25,13 @@ from qwen1m_ext.estimate import (
     elementwise_bytes_per_token,
     estimate,
     linear_params,
+    link_bytes,
     measure_cpu,
 )
 from qwen1m_ext.fp8 import FP8
 from qwen1m_ext.kv_cache import KVCache
 from qwen1m_ext.model import Workspace, linear_scratch_bytes
+from qwen1m_ext.offload import OffloadedCache, layer_bytes
 from qwen1m_ext.plan import Deployment, fit_context, largest_context, memory_plan
 from qwen1m_ext.planner import Report, cheapest_changes, plan_report
 from qwen1m_ext.weights import expected_shapes
@@ -352,3 +355,79 @@ def test_fp32_and_tied_embeddings(tmp_path: Path) -> None:
     )
     halves = plan_report(directory, 1000, weights="bf16").memory.items["weights"]
     assert tied.memory.items["weights"] == 2 * halves
+
+
+def test_an_offloaded_cache_is_planned_to_the_byte() -> None:
+    """14B at a million tokens: host and device together hold the cache and two layers more."""
+    config, tokens = MODELS["14b"], 1_000_000
+    whole = memory_plan(config, deployment(tokens))
+    layer = 7813 * 128 * 196_608 // 48  # pages x rows x bytes of a token
+    for stay, budget in ((0, None), (0, 3 * layer - 1), (8, 10 * layer), (46, 47 * layer)):
+        d = deployment(tokens, kv_offload=True, device_kv_bytes=budget)
+        plan = memory_plan(config, d)
+        away = 48 - stay if stay < 46 else 3
+        assert plan.host == {"kv cache": away * layer}
+        assert plan.items["kv slots"] == 2 * layer
+        assert plan.items["kv cache"] + plan.host["kv cache"] == whole.items["kv cache"]
+        assert plan.total == whole.total - (away - 2) * layer
+        on_cpu = memory_plan(config, replace(d, gpu=False))
+        assert on_cpu.host == {} and on_cpu.items["kv cache"] == whole.items["kv cache"]
+    with torch.device("meta"):
+        cache = OffloadedCache(config, BF16, tokens, device_bytes=10 * layer)
+    plan = memory_plan(config, deployment(tokens, kv_offload=True, device_kv_bytes=10 * layer))
+    assert nbytes([*cache.device_tensors(), cache.block_table]) == (
+        plan.items["kv cache"] + plan.items["kv slots"]
+    )
+    everything = deployment(tokens, kv_offload=True, device_kv_bytes=48 * layer)
+    assert memory_plan(config, everything) == whole
+
+
+def test_decode_of_an_offloaded_cache_waits_for_the_link() -> None:
+    """206 GB at 56.7 GB/s are 3.5 s; a prefill has more to compute than to copy."""
+    config, d = MODELS["14b"], deployment(1 << 20)
+    floor, expected = estimate(config, replace(d, kv_offload=True), H200)
+    close(floor.decode_step, "3.64")
+    assert expected.decode_step == floor.decode_step
+    plain = estimate(config, d, H200)[0]
+    assert floor.prefill == plain.prefill and floor.link == 0.0
+    # 31 x 32 / 2 chunks of 32,768 tokens are loaded, and 32 stored: 3.4 TB in 719 s
+    loaded, step = link_bytes(config, replace(d, kv_offload=True))
+    assert loaded == (31 * 16 + 32) * 32_768 * 196_608 and step == 196_608 << 20
+    slow = replace(H200, link=1e9)
+    assert estimate(config, replace(d, kv_offload=True), slow)[0].prefill == loaded / 1e9
+    # half of the layers stay: half of the bytes, and none is waited for before the first layer
+    size = 26 * layer_bytes(config, BF16, 1 << 20)
+    half = estimate(config, replace(d, kv_offload=True, device_kv_bytes=size), H200)[0]
+    assert half.decode_step == pytest.approx(floor.decode_step / 2)
+    # where the link is fast, computing is what lasts, after the first layer has come
+    fast = replace(H200, link=1e15)
+    assert estimate(config, replace(d, kv_offload=True), fast)[0].decode_step == pytest.approx(
+        plain.decode_step + 196_608 * (1 << 20) / 48 / 1e15
+    )
+
+
+def test_offload_is_planned_and_proposed_on_the_command_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = ["plan", str(FILES["14b"]), "--gpu", "h200", "--context", "1m"]
+    assert main(base) == 1
+    assert "fits with --kv-offload host (38.1 GiB)" in capsys.readouterr().out
+    offload = [*base, "--kv-offload", "host"]
+    assert main(offload) == 0
+    text = capsys.readouterr().out
+    assert "  host kv cache    183.1 GiB" in text and "48 of 48 layers in host memory" in text
+    assert main([*base, "--device-kv-bytes", "8g"]) == 2
+    assert "device_kv_bytes: expected kv_offload beside it" in capsys.readouterr().err
+    assert main([*offload, "--device-kv-bytes", "512m"]) == 2
+    assert "device_kv_bytes: expected at least 8192524288" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("1000000", 10**6), ("1.5k", 1536), ("512M", 512 << 20), ("8g", 8 << 30)],
+)
+def test_byte_counts(text: str, size: int) -> None:
+    assert byte_count(text) == size
+    for bad in ("", "0", "-1", "g", "8t", "1.5", "nan", "infg"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected bytes such as 512m or 8g"):
+            byte_count(bad)

@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
         "attention": args.attention,
         "sparse_config": args.sparse_config,
         "speculative": args.speculative,
+        "kv_offload": args.kv_offload,
+        "device_kv_bytes": args.device_kv_bytes,
         "max_model_len": args.max_model_len,
         "prefill_chunk_tokens": args.prefill_chunk_tokens,
         "max_num_seqs": args.max_num_seqs,
