@@ -53,7 +53,8 @@ class EngineChild:
 
         Args:
             start: what to load.
-            command: of the process; the number of its end of the socket is added.
+            command: of the process; the number of its end of the socket is added, then the places
+                where this process finds modules.
             take: given what the child tells, without the replies to calls.
             lose: told why, when a child is gone; nothing of it follows.
             on_state: told "restarting", "ready" and "failed" after the first load.
@@ -166,7 +167,9 @@ class EngineChild:
         with theirs:
             number = theirs.fileno()
             process = subprocess.Popen(
-                [*self._command, str(number)], pass_fds=[number], stdin=subprocess.DEVNULL
+                [*self._command, str(number), *sys.path],
+                pass_fds=[number],
+                stdin=subprocess.DEVNULL,
             )
         self.completed, self._loaded_at = False, None
         with self._lock:
@@ -234,4 +237,8 @@ def _how(code: int) -> str:
     return f"by signal {-code}"
 
 
-DEFAULT_COMMAND = (sys.executable, "-m", f"{__package__}.engine_worker")
+DEFAULT_COMMAND = (
+    sys.executable,
+    "-c",  # not -m, which would look for modules in the working directory first
+    "import sys; sys.path[:] = sys.argv[2:]; from qwen1m_ext.engine_worker import main; main()",
+)

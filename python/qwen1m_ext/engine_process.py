@@ -187,10 +187,13 @@ class EngineProcess:
             prompt_text, token_ids = prompt, self.tokenizer.encode(prompt)
         else:
             token_ids = list(prompt)
-        bad = [token for token in token_ids if not -(1 << 31) <= token < 1 << 31][:1]
-        if bad:
-            vocab = self.config.vocab_size
-            raise RequestError(f"prompt_token_ids: expected ids in [0, {vocab}), got {bad[0]}")
+        try:
+            tokens = array(TOKEN_ARRAY, token_ids)
+        except OverflowError:
+            bad, vocab = max(token_ids, key=abs), self.config.vocab_size
+            raise RequestError(
+                f"prompt_token_ids: expected ids in [0, {vocab}), got {bad}"
+            ) from None
         params = self.default_sampling_params() if params is None else params
         name = request_id or f"request-{next(self._numbers)}"
         handle = RequestHandle(
@@ -210,7 +213,7 @@ class EngineProcess:
                 raise RequestError(f"request_id: expected a new one, got {name!r}")
             self._requests[name] = request
         message = Submit(
-            array(TOKEN_ARRAY, token_ids),
+            tokens,
             params,
             prompt_text,
             priority,

@@ -123,12 +123,10 @@ class Worker:
     def _send(self) -> None:
         told = 0.0
         while True:
-            try:
-                items = [self._outbox.get(timeout=STATE_SECONDS if self._handles else None)]
-                while not self._outbox.empty():
-                    items.append(self._outbox.get())
-            except queue.Empty:
-                items = []
+            items = []
+            with contextlib.suppress(queue.Empty):
+                items.append(self._outbox.get(timeout=STATE_SECONDS if self._handles else None))
+            items += self._rest()
             stats = statuses = None
             settled = any(isinstance(item, Reply | Released) for item in items)
             if settled or time.monotonic() - told >= STATE_SECONDS:
@@ -137,7 +135,16 @@ class Worker:
             self._connection.send(Batch(items, stats, statuses))
             if self._engine.failure is not None and not self._handles:
                 log.error("the engine has failed", exc_info=self._engine.failure)
+                self._pool.shutdown()  # calls under way have their answers
+                self._connection.send(Batch(self._rest(), None, None))
                 os._exit(CRASHED)
+
+    def _rest(self) -> list[Item]:
+        """What is in the outbox now."""
+        items = []
+        while not self._outbox.empty():
+            items.append(self._outbox.get())
+        return items
 
     # --- calls ------------------------------------------------------------------------------------
 
@@ -201,7 +208,7 @@ class Worker:
 
 
 def main() -> None:
-    """`python -m qwen1m_ext.engine_worker FD`, for `EngineProcess`."""
+    """Serve the socket whose number is the first argument; for `engine_child.py`."""
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, signal.SIG_IGN)  # sent to the whole group; the parent drains and ends us
     logging.basicConfig(level=logging.WARNING, format="qwen1m: %(message)s")
@@ -209,7 +216,3 @@ def main() -> None:
         Worker(Connection(int(sys.argv[1]))).run()
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,11 +16,11 @@ pytestmark = [
     pytest.mark.skipif(find_spec("openai") is None, reason="needs qwen1m_ext[test]"),
 ]
 
-ROUNDS, CLIENTS = 8, 12
+ROUNDS, CLIENTS = 5, 12
 OPTIONS = {"model": "demo_model", "temperature": 0, "max_tokens": 24}
 
 
-def test_eight_kills_under_load(tmp_path):
+def test_kills_under_load(tmp_path):
     import openai
 
     from lib.server import ServerProcess, open_files, resident_bytes, wait_for
@@ -37,6 +37,9 @@ def test_eight_kills_under_load(tmp_path):
         done = [0] * CLIENTS
         errors: list[tuple[int | None, float]] = []  # status (None: in a stream), seconds after it
         trouble: list[BaseException] = []
+
+        def running() -> set[str]:
+            return {entry["id"] for entry in server.get("/v1/requests")["data"]}
 
         def run(i: int) -> None:
             client = server.client()
@@ -61,7 +64,8 @@ def test_eight_kills_under_load(tmp_path):
                     time.sleep(0.2)
                 except BaseException as error:
                     trouble.append(error)
-                    return
+                    break
+            client.close()
 
         threads = [threading.Thread(target=run, args=(i,)) for i in range(CLIENTS)]
         for thread in threads:
@@ -72,16 +76,11 @@ def test_eight_kills_under_load(tmp_path):
             wait_for(lambda goal=goal: trouble or all(map(int.__ge__, done, goal)), 120)
             assert not trouble, trouble[:3]
             time.sleep(rng.random())
-            wait_for(lambda: len(server.get("/v1/requests")["data"]) > CLIENTS // 2)
-            with_it = [entry["id"] for entry in server.get("/v1/requests")["data"]]
+            wait_for(lambda: len(running()) > CLIENTS // 2)
+            with_it = running()
             pid, killed_at[0] = server.engine_pid, time.monotonic()
             os.kill(pid, signal.SIGKILL)
-            wait_for(
-                lambda ids=with_it: (
-                    not {e["id"] for e in server.get("/v1/requests")["data"]} & set(ids)
-                ),
-                5,
-            )
+            wait_for(lambda ids=with_it: not running() & ids, 5)
             wait_for(lambda: server.get("/health")["status"] == "ok", 60)
             memory.append(resident_bytes(server.process.pid))
         stop.set()
@@ -95,5 +94,5 @@ def test_eight_kills_under_load(tmp_path):
         assert server.settled("qwen1m:kv_cache_pages_used", 0)
         time.sleep(1.0)  # the last connections are cleared away
         assert open_files(server.process.pid) <= before + 4
-        assert memory[-1] <= memory[2] * 1.1, memory
+        assert memory[-1] <= memory[1] * 1.1, memory
         print(f"{sum(done)} answers, {len(errors)} errors, {memory} bytes")
