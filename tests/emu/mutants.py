@@ -172,8 +172,8 @@ MUTANTS = (
             NUMBERS, "tensor-map"),
     # --- Proxies and thread barriers -----------------------------------------------------------
     _mutant("no proxy fence after the queries are written", TILE90,
-            "                      arch::thread_index() % 128, 128);\n    arch::fence_proxy_async();\n",
-            "                      arch::thread_index() % 128, 128);\n", "proxy-fence", every_push=True),
+            "                   arch::thread_index() % 128, 128);\n    arch::fence_proxy_async();\n",
+            "                   arch::thread_index() % 128, 128);\n", "proxy-fence", every_push=True),
     _mutant("no proxy fence after the tail is zeroed", TILE90,
             "arch::Vec16{});\n    }\n    arch::fence_proxy_async();\n", "arch::Vec16{});\n    }\n",
             "proxy-fence"),

@@ -41,8 +41,6 @@ SPARSE_MUTANTS = (
     _mutant("keys for values", SM90, "gathered ? which : piece.page", "gathered ? 0 : piece.page", NUMBERS),
     _mutant("a block with pieces of two stages", SM90, "walk.next(piece, index == 0)", "walk.next(piece, true)",
             NUMBERS),
-    _mutant("the second piece counts twice", SM90, "        if (!more) piece.bits[0] = piece.bits[1] = 0;",
-            "        if (false) piece.bits[0] = piece.bits[1] = 0;", NUMBERS, every_push=True),
     _mutant("rows behind the call's tokens are not zeroed", SM90,
             "num_values == kKeys && piece.num_rows < kPieceKeys", "false", NUMBERS),
     # --- The walk ------------------------------------------------------------------------------

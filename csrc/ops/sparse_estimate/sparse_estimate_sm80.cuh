@@ -95,7 +95,6 @@ struct EstimateTile {
   }
 
   // --- Consume -------------------------------------------------------------------------------
-  /// The products of the stage before have read the old queries: mma waits for the whole warp.
   static Q1M_DEVICE void rotate(const SparseEstimateParams& p, const Work& work, int stage,
                                 Queries to) {
     const auto rows = static_cast<int32_t>(p.q.size(0));
@@ -105,6 +104,7 @@ struct EstimateTile {
                            .first_token = static_cast<int32_t>(p.segment_end) - rows,
                            .num_tokens = rows,
                            .row = 0};
+    arch::warp_sync();  // the products of the stage before have read the old queries
     rotate_queries(p, tile, stage, to, 0, kEstimateRows, arch::lane_index(), 32);
     arch::warp_sync();
   }

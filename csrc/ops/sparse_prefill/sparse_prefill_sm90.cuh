@@ -89,7 +89,6 @@ struct SparsePrefillSm90 {
           if (!first) break;
           piece = walk.nothing();
         }
-        if (!more) piece.bits[0] = piece.bits[1] = 0;  // if the second: the first again, for nobody
         write_piece(block, index, piece);
         if (more && piece.last_key > last_key) last_key = piece.last_key;
         if (num_values == kKeys && piece.num_rows < kPieceKeys) {

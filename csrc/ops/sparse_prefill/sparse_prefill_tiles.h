@@ -88,7 +88,8 @@ struct SparseWalk {
       : p(params), tile(of), state{-1, 0, 0, -1, 0} {}
 
   /// The next piece; false: the stage has no more, and if `any_stage`, neither have later ones, and
-  /// state.stage is kStages. One call in a kernel: it is inlined.
+  /// state.stage is kStages. A piece of a stage that has no more has no bits. One call in a kernel:
+  /// it is inlined.
   Q1M_DEVICE bool next(SparsePiece& piece, bool any_stage) {
     for (;;) {
       if (state.stage >= 0 && state.stage < kStages && (next_verticals(piece) || next_run(piece))) {
