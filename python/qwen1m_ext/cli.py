@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,11 +74,19 @@ def byte_count(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns 0 (done), 1 (wrong answer), 2 (error) or 130 (stopped)."""
+    """Run a command line.
+
+    Returns 0 (done), 1 (wrong answer), 2 (error), 130 (stopped) or 141 (nobody reads on).
+    """
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="qwen1m: %(message)s")
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # a reader like `head` has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
     except (Qwen1mError, OSError) as error:
         print(f"qwen1m: error: {error}", file=sys.stderr)
         return 2

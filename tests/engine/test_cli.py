@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,17 @@ def test_errors_are_one_line_and_status_2(
     run = qwen1m(*arguments)
     assert run.returncode == 2 and words in run.stderr
     assert "Traceback" not in run.stderr and run.stdout == ""
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """`qwen1m ... | head`: nothing on standard error."""
+    config = Path(__file__).parents[1] / "fixtures" / "configs" / "qwen2.5-7b-instruct-1m.json"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "qwen1m_ext", "plan", str(config), "--context", "1m"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, timeout=300)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
