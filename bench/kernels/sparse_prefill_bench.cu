@@ -19,8 +19,9 @@ struct Case {
   int64_t tokens;  // of the prompt; the segment is its last 32,768
   int64_t q_heads, kv_heads;
   int64_t verticals, runs, run_len;
+  int64_t tile_tokens = 128;
 };
-constexpr int64_t kDim = 128, kSegment = 32768, kTile = 128, kLocal = 1024, kLastRows = 64;
+constexpr int64_t kDim = 128, kSegment = 32768, kLocal = 1024, kLastRows = 64;
 
 /// The lists of one head, in one stage: plain RoPE.
 struct Lists {
@@ -45,14 +46,14 @@ Lists make_lists(const Case& c, unsigned seed) {
 }
 
 /// Pairs of one head that are attended to.
-double count_pairs(const Lists& lists, int64_t tokens) {
+double count_pairs(const Lists& lists, int64_t tokens, int64_t tile) {
   double pairs = 0;
-  for (int64_t t0 = tokens - kSegment; t0 < tokens; t0 += kTile) {
+  for (int64_t t0 = tokens - kSegment; t0 < tokens; t0 += tile) {
     int64_t before = 0;  // keys before the tile; in it every row sees what causality leaves
     std::vector<std::pair<int64_t, int64_t>> ranges;
     for (size_t i = 0; i < lists.runs.size(); i += 2) {
       const int64_t begin = std::max<int64_t>(0, t0 - lists.runs[i + 1] + 1);
-      const int64_t end = std::min(t0, t0 + kTile - lists.runs[i]);
+      const int64_t end = std::min(t0, t0 + tile - lists.runs[i]);
       if (begin < end) ranges.emplace_back(begin, end);
     }
     for (const auto& [begin, end] : ranges) before += end - begin;
@@ -61,7 +62,7 @@ double count_pairs(const Lists& lists, int64_t tokens) {
       for (const auto& [begin, end] : ranges) covered = covered || (key >= begin && key < end);
       before += covered ? 0 : 1;
     }
-    pairs += static_cast<double>(before * kTile) + static_cast<double>(kTile * (kTile + 1)) / 2;
+    pairs += static_cast<double>(before * tile) + static_cast<double>(tile * (tile + 1)) / 2;
   }
   return pairs;
 }
@@ -72,15 +73,18 @@ void add(Report& report, const Case& c, const char* op, const Microseconds& us, 
   std::snprintf(fields, sizeof(fields),
                 "\"op\": \"%s\", \"tokens\": %lld, \"rows\": %lld, \"q_heads\": %lld, "
                 "\"kv_heads\": %lld, \"verticals\": %lld, \"runs\": %lld, \"run_len\": %lld, "
-                "\"dense_over_this\": %.3f",
+                "\"tile_tokens\": %lld, \"dense_over_this\": %.3f",
                 op, static_cast<long long>(c.tokens), static_cast<long long>(kSegment),
                 static_cast<long long>(c.q_heads), static_cast<long long>(c.kv_heads),
                 static_cast<long long>(c.verticals), static_cast<long long>(c.runs),
-                static_cast<long long>(c.run_len), ratio);
+                static_cast<long long>(c.run_len), static_cast<long long>(c.tile_tokens), ratio);
   report.add(fields, us, unit, rate);
-  std::printf("%-16s | %8lld tokens, %lld/%lld heads | %11.1f us | %8.1f %s | dense / this %.2f\n",
-              op, static_cast<long long>(c.tokens), static_cast<long long>(c.q_heads),
-              static_cast<long long>(c.kv_heads), us.p50, rate, unit, ratio);
+  std::printf(
+      "%-16s | %8lld tokens, %lld/%lld heads, tiles of %lld | %11.1f us | %8.1f %s | dense / this "
+      "%.2f\n",
+      op, static_cast<long long>(c.tokens), static_cast<long long>(c.q_heads),
+      static_cast<long long>(c.kv_heads), static_cast<long long>(c.tile_tokens), us.p50, rate, unit,
+      ratio);
   std::fflush(stdout);
 }
 
@@ -115,7 +119,7 @@ void measure(const Case& c, const Options& options, Report& report) {
               runs.begin() + (h * kStages + 2) * r_capacity * 2);
     vertical_count.insert(vertical_count.end(), {0, 0, static_cast<int32_t>(c.verticals)});
     run_count.insert(run_count.end(), {0, 0, static_cast<int32_t>(r_capacity)});
-    pairs += count_pairs(lists, c.tokens);
+    pairs += count_pairs(lists, c.tokens, c.tile_tokens);
   }
   const Buffer<int32_t> d_verticals(verticals), d_runs(runs), d_vertical_count(vertical_count),
       d_run_count(run_count);
@@ -147,7 +151,7 @@ void measure(const Case& c, const Options& options, Report& report) {
                {heads * head_scratch, head_scratch, kDim, 1}};
   p.q_begin = p.segment_begin = c.tokens - kSegment;
   p.segment_end = c.tokens;
-  p.tile_tokens = kTile;
+  p.tile_tokens = c.tile_tokens;
 
   PrefillAttentionParams dense;
   dense.q = p.q;
@@ -196,7 +200,7 @@ void measure(const Case& c, const Options& options, Report& report) {
   const int64_t s_size = kLocal + c.runs * c.run_len;
   const Buffer<int64_t> v_size(std::vector<int64_t>(static_cast<size_t>(heads), c.verticals));
   const Buffer<int64_t> s_sizes(std::vector<int64_t>(static_cast<size_t>(heads), s_size));
-  const int64_t capacity = sparse_run_capacity(s_size, c.tokens, kTile, false);
+  const int64_t capacity = sparse_run_capacity(s_size, c.tokens, c.tile_tokens, false);
   const Buffer<int32_t> planned(heads * kStages * capacity * 2);
   SparsePlanParams s;
   s.verticals = {d_verticals.data(), {heads, v_capacity}, {v_capacity, 1}};
@@ -209,7 +213,7 @@ void measure(const Case& c, const Options& options, Report& report) {
   s.v_size = {v_size.data(), {heads}, {1}};
   s.s_size = {s_sizes.data(), {heads}, {1}};
   s.segment_begin = p.segment_begin;
-  s.tile_tokens = kTile;
+  s.tile_tokens = c.tile_tokens;
   const Microseconds plan_us =
       time_cold([&](cudaStream_t stream) { sparse_plan_cuda(s, stream); }, options.runs);
   const double bytes = 2.0 * 4 * static_cast<double>(heads) * all * 9;  // nine reads of each score
@@ -223,10 +227,13 @@ void measure(const Case& c, const Options& options, Report& report) {
 int main(int argc, char** argv) {
   using namespace qwen1m;
   return bench::run(argc, argv, [](const bench::Options& options, bench::Report& report) {
-    // Budgets of (1000, 6096), in few long runs and in many short ones; and published large ones.
+    // Budgets of (1000, 6096), in few long runs and in many short ones, each in tiles of 128 and of
+    // 256 rows; and published large ones.
     for (const int64_t tokens : {131072, 262144, 524288, 1048576}) {
-      bench::measure({tokens, 28, 4, 1000, 20, 254}, options, report);
-      bench::measure({tokens, 28, 4, 1000, 158, 32}, options, report);
+      for (const int64_t tile : {128, 256}) {
+        bench::measure({tokens, 28, 4, 1000, 20, 254, tile}, options, report);
+        bench::measure({tokens, 28, 4, 1000, 158, 32, tile}, options, report);
+      }
     }
     bench::measure({1048576, 28, 4, 3920, 80, 83}, options, report);
     bench::measure({131072, 40, 8, 1000, 20, 254}, options, report);

@@ -57,6 +57,8 @@ static_assert(fits<DecodeAttentionSm80<64, 1>, 68608, 2, kSm80>(), "decode_atten
 static_assert(fits<DecodeAttentionSm80<64, 2>, 70656, 2, kSm80>(), "decode_attention_sm80_d64_r32");
 static_assert(fits<SparsePrefillSm90<128>, 232448, 1, kSm90>(), "sparse_prefill_sm90_d128");
 static_assert(fits<SparsePrefillSm90<64>, 218112, 1, kSm90>(), "sparse_prefill_sm90_d64");
+static_assert(fits<SparsePrefillSm90<128, 2>, 232448, 1, kSm90>(), "sparse_prefill_sm90_d128_pair");
+static_assert(fits<SparsePrefillSm90<64, 2>, 218112, 1, kSm90>(), "sparse_prefill_sm90_d64_pair");
 static_assert(fits<SparsePrefillSm80<128>, 66560, 2, kSm80>(), "sparse_prefill_sm80_d128");
 static_assert(fits<SparsePrefillSm80<64>, 33792, 2, kSm80>(), "sparse_prefill_sm80_d64");
 static_assert(fits<SparseGather, 1024, 8, kSm80>(), "sparse_prefill_gather");

@@ -80,23 +80,23 @@ MUTANTS = (
             DEADLOCK, RAW, WAR, WAW, "mbarrier-overarrive"),
     _mutant("keys are never released", TILE90,
             "      arch::wgmma_wait<1>(s);\n"
-            "      if (lane == 0) arch::mbarrier_arrive(k_free[k_ring.stage]);\n",
+            "      release(k_free[k_ring.stage]);\n",
             "      arch::wgmma_wait<1>(s);\n", DEADLOCK),
     _mutant("values are never released", TILE90,
-            "      if (lane == 0) arch::mbarrier_arrive(v_free[v_ring.stage]);\n", "", DEADLOCK),
-    _mutant("all lanes release", TILE90, "if (lane == 0) arch::mbarrier_arrive(v_free",
-            "arch::mbarrier_arrive(v_free", "mbarrier-overarrive", DEADLOCK, WAR),
+            "      release(v_free[v_ring.stage]);\n", "", DEADLOCK),
+    _mutant("all lanes release", TILE90, "if (lane == 0) arch::mbarrier_arrive(free);",
+            "arch::mbarrier_arrive(free);", "mbarrier-overarrive", DEADLOCK, WAR),
     _mutant("free barriers count too few warps", TILE90, "constexpr int kConsumerWarps = kConsumerThreads / 32;",
             "constexpr int kConsumerWarps = 2;", "mbarrier-overarrive", WAR, DEADLOCK),
     _mutant("the first keys are released before they are read", TILE90,
             "    arch::wgmma_wait<0>(s);\n"
-            "    if (lane == 0) arch::mbarrier_arrive(k_free[k_ring.stage]);\n",
-            "    if (lane == 0) arch::mbarrier_arrive(k_free[k_ring.stage]);\n"
+            "    release(k_free[k_ring.stage]);\n",
+            "    release(k_free[k_ring.stage]);\n"
             "    arch::wgmma_wait<0>(s);\n", WAR, RAW),
     _mutant("values are released before they are read", TILE90,
             "      arch::wgmma_wait<0>(o, probabilities);\n"
-            "      if (lane == 0) arch::mbarrier_arrive(v_free[v_ring.stage]);\n",
-            "      if (lane == 0) arch::mbarrier_arrive(v_free[v_ring.stage]);\n"
+            "      release(v_free[v_ring.stage]);\n",
+            "      release(v_free[v_ring.stage]);\n"
             "      arch::wgmma_wait<0>(o, probabilities);\n", WAR, every_push=True),
     _mutant("producer does not wait for free keys", SM90,
             "      ring.wait_free(Q1M_SHARED_MEMBER(smem, k_free));\n", "",

@@ -32,7 +32,7 @@ using test::kChunks;
 using test::kNan;
 
 constexpr int64_t kHeads = 3, kSegmentBegin = 416, kSegmentEnd = 624;
-constexpr int64_t kQBegin = 430, kQEnd = 610, kRows = kQEnd - kQBegin;
+constexpr int64_t kQBegin = 430;
 constexpr int64_t kBorders[kStages + 1] = {0, 208, 416, 624};  // chunk_len 208
 
 struct Run {
@@ -94,9 +94,10 @@ bool attends(const Lists& head, int64_t tile_tokens, int64_t token, int64_t key)
 }
 
 template <typename Kernel>
-arch::emu::Report launch(int64_t blocks, const typename Kernel::Params& params, uint64_t seed) {
-  return arch::emu::launch({.blocks = blocks,
+arch::emu::Report launch(const typename Kernel::Params& params, uint64_t seed) {
+  return arch::emu::launch({.blocks = Kernel::num_blocks(params.args),
                             .threads = Kernel::kThreads,
+                            .cluster_size = Kernel::kCluster,
                             .shared_bytes = sizeof(typename Kernel::Smem)},
                            [&] { Kernel::run(params); }, {.seed = seed});
 }
@@ -111,16 +112,17 @@ template <int kHeadDim>
 arch::emu::Report launch(bool sm90, const SparsePrefillParams& p, uint64_t seed) {
   if constexpr (kOnlyDim < 0 || kOnlyDim == kHeadDim) {
     if constexpr (kOnlySm90 != 1) {
-      if (!sm90) return launch<SparsePrefillSm80<kHeadDim>>(num_blocks(p), {p}, seed);
+      if (!sm90) return launch<SparsePrefillSm80<kHeadDim>>({p}, seed);
     }
     if constexpr (kOnlySm90 != 0) {
       if (sm90) {
-        return launch<SparsePrefillSm90<kHeadDim>>(
-            num_blocks(p),
-            {p, arch::emu::make_tensor_map(half_page_map(p.k_cache)),
-             arch::emu::make_tensor_map(half_page_map(p.v_cache)),
-             arch::emu::make_tensor_map(vertical_map(p))},
-            seed);
+        const arch::TensorMap k = arch::emu::make_tensor_map(half_page_map(p.k_cache));
+        const arch::TensorMap v = arch::emu::make_tensor_map(half_page_map(p.v_cache));
+        const arch::TensorMap verticals = arch::emu::make_tensor_map(vertical_map(p));
+        if (p.tile_tokens == 256) {
+          return launch<SparsePrefillSm90<kHeadDim, 2>>({p, k, v, verticals}, seed);
+        }
+        return launch<SparsePrefillSm90<kHeadDim>>({p, k, v, verticals}, seed);
       }
     }
   }
@@ -141,10 +143,12 @@ struct Errors {
   }
 };
 
-void run(bool sm90, int64_t dim, int64_t tile_tokens, uint64_t first_seed, uint64_t seeds,
-         Errors& errors) {
-  const test::Sequence in(kQEnd, kRows, kHeads, dim, 1);
-  const std::vector<int32_t> page_of{3, 0, 5, 1, 6, -1};
+void run(bool sm90, int64_t dim, int64_t tile_tokens, int64_t q_end, uint64_t first_seed,
+         uint64_t seeds, Errors& errors) {
+  const int64_t rows = q_end - kQBegin;
+  const test::Sequence in(q_end, rows, kHeads, dim, 1);
+  std::vector<int32_t> page_of{3, 0, 5, 1, 6, -1};
+  if (q_end <= 4 * kPageSize) page_of[4] = -1;
   constexpr int64_t kNumPages = 7;
   const std::vector<bf16> poisoned(static_cast<size_t>(kNumPages * kPageSize * dim), bf16(kNan));
   Buffer<bf16> q(in.q, "q"), k(poisoned, "k_cache"), v(poisoned, "v_cache");
@@ -178,11 +182,11 @@ void run(bool sm90, int64_t dim, int64_t tile_tokens, uint64_t first_seed, uint6
   Buffer<int32_t> block_table(page_of, "block_table");
   Buffer<float> scale({in.logit_scale}, "logit_scale"), table(in.table, "rope_table");
   Buffer<bf16> out(std::vector<bf16>(in.q.size(), bf16(kNan)), "out", true);
-  Buffer<float> lse(std::vector<float>(kRows * kHeads, kNan), "lse", true);
+  Buffer<float> lse(std::vector<float>(rows * kHeads, kNan), "lse", true);
   const SparsePrefillParams p{
-      .out = test::view(out.values, {kRows, kHeads, dim}),
-      .lse = {lse.values.data(), {kRows, kHeads}, {kHeads, 1}},
-      .q = test::view(q.values, {kRows, kHeads, dim}),
+      .out = test::view(out.values, {rows, kHeads, dim}),
+      .lse = {lse.values.data(), {rows, kHeads}, {kHeads, 1}},
+      .q = test::view(q.values, {rows, kHeads, dim}),
       .k_cache = test::view(k.values, {kNumPages, 1, kPageSize, dim}),
       .v_cache = test::view(v.values, {kNumPages, 1, kPageSize, dim}),
       .block_table = {block_table.values.data(), {1, 6}, {6, 1}},
@@ -206,7 +210,7 @@ void run(bool sm90, int64_t dim, int64_t tile_tokens, uint64_t first_seed, uint6
   double expected_lse = 0;
   std::vector<std::vector<double>> all;
   std::vector<double> all_lse;
-  for (int64_t row = 0; row < kRows; ++row) {
+  for (int64_t row = 0; row < rows; ++row) {
     for (int64_t head = 0; head < kHeads; ++head) {
       in.reference(row, head, expected, expected_lse, [&](int64_t key) {
         return attends(heads[static_cast<size_t>(head)], tile_tokens, kQBegin + row, key);
@@ -219,7 +223,7 @@ void run(bool sm90, int64_t dim, int64_t tile_tokens, uint64_t first_seed, uint6
     std::fill(out.values.begin(), out.values.end(), bf16(kNan));
     std::fill(lse.values.begin(), lse.values.end(), kNan);
     std::fill(scratch.values.begin(), scratch.values.end(), bf16(kNan));
-    errors.add(launch<SparseGather>(SparseGather::num_blocks(p), {p}, seed));
+    errors.add(launch<SparseGather>({p}, seed));
     errors.add(dim == 128 ? launch<128>(sm90, p, seed) : launch<64>(sm90, p, seed));
     for (size_t i = 0; i < all.size(); ++i) {
       test::meet(errors.lse,
@@ -238,10 +242,15 @@ int main(int argc, char** argv) {
   if (argc != 5) return 2;
   try {
     qwen1m::Errors errors;
+    const bool sm90 = std::strcmp(argv[1], "sm90") == 0;
+    const int dim = std::atoi(argv[2]);
+    const uint64_t first_seed = std::strtoull(argv[3], nullptr, 10);
+    const uint64_t seeds = std::strtoull(argv[4], nullptr, 10);
     for (const int64_t tile_tokens : {64, 128, 256}) {
-      qwen1m::run(std::strcmp(argv[1], "sm90") == 0, std::atoi(argv[2]), tile_tokens,
-                  std::strtoull(argv[3], nullptr, 10), std::strtoull(argv[4], nullptr, 10), errors);
+      qwen1m::run(sm90, dim, tile_tokens, 610, first_seed, seeds, errors);
     }
+    // The second block of a cluster has no row of these; later pages are not there.
+    if (sm90) qwen1m::run(sm90, dim, 256, 500, first_seed, seeds, errors);
     std::printf("error %g %g\n", errors.out, errors.lse);
   } catch (const qwen1m::Error& error) {  // a mutant may have broken what the host checks
     std::printf("issue refused %s\n", error.what());

@@ -3,7 +3,7 @@
 # ruff: noqa: E501 (a pattern is a line of the source, whatever its length)
 from __future__ import annotations
 
-from emu.mutants import DEADLOCK, NUMBERS, RAW, ROWS, WAR, WAW, Mutant
+from emu.mutants import DEADLOCK, NUMBERS, RAW, ROWS, TILE90, WAR, WAW, Mutant
 
 _OP = "ops/sparse_prefill/sparse_prefill_"
 SM90, SM80, TILES, MASK, GATHER = (
@@ -43,6 +43,32 @@ SPARSE_MUTANTS = (
             NUMBERS),
     _mutant("rows behind the call's tokens are not zeroed", SM90,
             "num_values == kKeys && piece.num_rows < kPieceKeys", "false", NUMBERS),
+    # --- Two blocks that share their loads -----------------------------------------------------
+    # At 128 dims the ring has three places and goes round. That the keys of a place are free follows
+    # from its values, which are released later.
+    _mutant("a place is free when one block has used its values", TILE90,
+            "v_free)[i], kConsumerWarps * kCluster);", "v_free)[i], kConsumerWarps);",
+            WAR, WAW, DEADLOCK, "mbarrier-overarrive", "mbarrier-phase", head_dim=128),
+    _mutant("a place is released to the own block twice", TILE90,
+            "arch::map_to_rank(free, static_cast<uint32_t>(lane))", "arch::map_to_rank(free, arch::cluster_rank())",
+            WAR, WAW, DEADLOCK, "mbarrier-overarrive", "mbarrier-phase", head_dim=128, every_push=True),
+    _mutant("a place is released to the first block only", TILE90, "if (lane < kCluster) {", "if (lane < 1) {", DEADLOCK),
+    _mutant("multicast to the first block only", SM90, "(1 << kCluster) - 1;", "1;",
+            DEADLOCK, "mbarrier-overarrive", "mbarrier-phase", "mbarrier-bytes", WAW, RAW),
+    _mutant("multicast beyond the cluster", SM90, "(1 << kCluster) - 1;", "7;", "multicast"),
+    _mutant("both blocks load the same piece", SM90, "index == rank)", "index == 0)",
+            UNINITIALISED, NUMBERS, RAW, WAW, every_push=True),
+    _mutant("each block loads both pieces", SM90, "index == rank)", "index >= 0)",
+            WAW, RAW, WAR, DEADLOCK, "mbarrier-phase", "mbarrier-bytes"),
+    _mutant("the other block's barriers may not be there yet", SM90, "    sync();\n    if (arch::warp_index() < 4) {",
+            "    arch::block_sync();\n    if (arch::warp_index() < 4) {",
+            "mbarrier-init-race", "mbarrier-invalid", "cluster-barrier"),
+    _mutant("a block leaves while the other releases", SM90, "    if constexpr (kCluster > 1) sync();", "    if (false) sync();",
+            "cluster-exit", every_push=True),
+    _mutant("both blocks have the first one's rows", TILES, "  tile.row += before;\n", "", NUMBERS, "global-race"),
+    _mutant("the second block's rows are a block too many", TILES, "  tile.num_tokens -= before;\n", "",
+            NUMBERS, "global-bounds"),
+    _mutant("the second block's rows begin too late", TILES, "  tile.first_row -= before;\n", "", NUMBERS),
     # --- The walk ------------------------------------------------------------------------------
     _mutant("a vertical inside of a run counts twice", TILES, "key < end && !covered(key, of[0], num_runs);",
             "key < end;", NUMBERS, every_push=True),

@@ -85,7 +85,13 @@ def test_full_budgets_are_dense(case: Case, by: str) -> None:
     assert_close(lse, dense_lse, "lse/fp32", "lse")
 
 
-BITWISE_CASES = ["short_last_tile", "three_stages_clustered", "gqa_7", "chunk_below_page"]
+BITWISE_CASES = [
+    "short_last_tile",
+    "three_stages_clustered",
+    "tile_256_three_stages",
+    "gqa_7",
+    "chunk_below_page",
+]
 
 
 @pytest.mark.isa

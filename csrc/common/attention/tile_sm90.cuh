@@ -21,13 +21,15 @@
 
 namespace qwen1m {
 
-template <int kHeadDim, int kRingStages, int kRegistersOfProducer = 40>
+template <int kHeadDim, int kRingStages, int kRegistersOfProducer = 40, int kBlocksOfCluster = 1>
 struct AttentionTileSm90 {
   // --- Config --------------------------------------------------------------------------------
   static constexpr int D = kHeadDim;
   static constexpr int kRows = 64;  // query rows of a warpgroup, the M of wgmma
   static constexpr int kKeys = static_cast<int>(kPageSize);
   static constexpr int kStages = kRingStages;
+  /// Blocks whose producers fill each other's rings: a place is free when all of them are done.
+  static constexpr int kCluster = kBlocksOfCluster;
   static constexpr int kThreads = 384;
   static constexpr int kConsumerThreads = 256;
   /// Of a thread. A block of 384 is launched with 168 each.
@@ -57,8 +59,8 @@ struct AttentionTileSm90 {
     for (int i = 0; i < kStages; ++i) {
       arch::mbarrier_init(Q1M_SHARED_MEMBER(smem, k_full)[i], 1);
       arch::mbarrier_init(Q1M_SHARED_MEMBER(smem, v_full)[i], 1);
-      arch::mbarrier_init(Q1M_SHARED_MEMBER(smem, k_free)[i], kConsumerWarps);
-      arch::mbarrier_init(Q1M_SHARED_MEMBER(smem, v_free)[i], kConsumerWarps);
+      arch::mbarrier_init(Q1M_SHARED_MEMBER(smem, k_free)[i], kConsumerWarps * kCluster);
+      arch::mbarrier_init(Q1M_SHARED_MEMBER(smem, v_free)[i], kConsumerWarps * kCluster);
     }
     arch::fence_mbarrier_init();
   }
@@ -76,6 +78,18 @@ struct AttentionTileSm90 {
       arch::named_barrier_arrive<kTurn1>(kConsumerThreads);
     } else {
       arch::named_barrier_arrive<kTurn0>(kConsumerThreads);
+    }
+  }
+
+  /// Says to every producer that this warp is done with a place of the ring.
+  static Q1M_DEVICE void release(arch::Shared<arch::Mbarrier> free) {
+    const int lane = arch::lane_index();
+    if constexpr (kCluster == 1) {
+      if (lane == 0) arch::mbarrier_arrive(free);
+    } else {
+      if (lane < kCluster) {
+        arch::mbarrier_arrive_remote(arch::map_to_rank(free, static_cast<uint32_t>(lane)));
+      }
     }
   }
 
@@ -170,7 +184,7 @@ struct AttentionTileSm90 {
     multiply_qk(s, smem, k_ring.stage, group);
     pass_turn(group);
     arch::wgmma_wait<0>(s);
-    if (lane == 0) arch::mbarrier_arrive(k_free[k_ring.stage]);
+    release(k_free[k_ring.stage]);
     keys.mask(s, first_token, tile.first_token + row);
     softmax.template step<Keys::kEmptyRows>(s, scale_log2);
     pack_probabilities<kKeys>(probabilities, s);
@@ -193,11 +207,11 @@ struct AttentionTileSm90 {
       multiply_pv(o, probabilities, smem, v_ring.stage);
       pass_turn(group);
       arch::wgmma_wait<1>(s);
-      if (lane == 0) arch::mbarrier_arrive(k_free[k_ring.stage]);
+      release(k_free[k_ring.stage]);
       keys.mask(s, first_token, tile.first_token + row);
       softmax.template step<Keys::kEmptyRows>(s, scale_log2);
       arch::wgmma_wait<0>(o, probabilities);
-      if (lane == 0) arch::mbarrier_arrive(v_free[v_ring.stage]);
+      release(v_free[v_ring.stage]);
       v_ring.advance();
       softmax.rescale(o);
       pack_probabilities<kKeys>(probabilities, s);

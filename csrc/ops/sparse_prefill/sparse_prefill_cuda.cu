@@ -6,26 +6,31 @@
 namespace qwen1m {
 namespace {
 
+template <int kHeadDim>
+using SparsePairSm90 = SparsePrefillSm90<kHeadDim, 2>;
+
 Q1M_KERNEL_SM80(sparse_prefill_gather, SparseGather, 8)
 Q1M_KERNEL_SM90(sparse_prefill_sm90_d128, SparsePrefillSm90<128>, 1)
 Q1M_KERNEL_SM90(sparse_prefill_sm90_d64, SparsePrefillSm90<64>, 1)
+Q1M_KERNEL_SM90(sparse_prefill_sm90_d128_pair, SparsePairSm90<128>, 1)
+Q1M_KERNEL_SM90(sparse_prefill_sm90_d64_pair, SparsePairSm90<64>, 1)
 Q1M_KERNEL_SM80(sparse_prefill_sm80_d128, SparsePrefillSm80<128>, 2)
 Q1M_KERNEL_SM80(sparse_prefill_sm80_d64, SparsePrefillSm80<64>, 2)
 
 template <typename Kernel>
-void launch(void (*kernel)(typename Kernel::Params), const char* name, int64_t blocks,
+void launch(void (*kernel)(typename Kernel::Params), const char* name,
             const typename Kernel::Params& params, Stream stream) {
   arch::launch(kernel,
                {.name = name,
-                .blocks = blocks,
+                .blocks = Kernel::num_blocks(params.args),
                 .threads = Kernel::kThreads,
                 .shared_bytes = sizeof(typename Kernel::Smem),
+                .cluster = Kernel::kCluster,
                 .stream = stream},
                params);
 }
 
-#define Q1M_LAUNCH(Kernel, name, blocks, ...) \
-  launch<Kernel>(name, #name, blocks, {__VA_ARGS__}, stream)
+#define Q1M_LAUNCH(Kernel, name, ...) launch<Kernel>(name, #name, {__VA_ARGS__}, stream)
 
 }  // namespace
 
@@ -34,21 +39,26 @@ void sparse_prefill_cuda(const SparsePrefillParams& p, Stream stream) {
   if (p.q.size(0) == 0) return;
   const bool wide = p.q.size(2) == 128;
   const int architecture = arch::kernel_architecture("sparse_prefill");
-  Q1M_LAUNCH(SparseGather, sparse_prefill_gather, SparseGather::num_blocks(p), p);
-  const int64_t blocks = num_blocks(p);
+  Q1M_LAUNCH(SparseGather, sparse_prefill_gather, p);
   if (architecture == 90) {
     const arch::TensorMap k = arch::make_tensor_map(half_page_map(p.k_cache));
     const arch::TensorMap v = arch::make_tensor_map(half_page_map(p.v_cache));
     const arch::TensorMap verticals = arch::make_tensor_map(vertical_map(p));
-    if (wide) {
-      Q1M_LAUNCH(SparsePrefillSm90<128>, sparse_prefill_sm90_d128, blocks, p, k, v, verticals);
+    if (p.tile_tokens == SparsePairSm90<128>::kClusterRows) {
+      if (wide) {
+        Q1M_LAUNCH(SparsePairSm90<128>, sparse_prefill_sm90_d128_pair, p, k, v, verticals);
+      } else {
+        Q1M_LAUNCH(SparsePairSm90<64>, sparse_prefill_sm90_d64_pair, p, k, v, verticals);
+      }
+    } else if (wide) {
+      Q1M_LAUNCH(SparsePrefillSm90<128>, sparse_prefill_sm90_d128, p, k, v, verticals);
     } else {
-      Q1M_LAUNCH(SparsePrefillSm90<64>, sparse_prefill_sm90_d64, blocks, p, k, v, verticals);
+      Q1M_LAUNCH(SparsePrefillSm90<64>, sparse_prefill_sm90_d64, p, k, v, verticals);
     }
   } else if (wide) {
-    Q1M_LAUNCH(SparsePrefillSm80<128>, sparse_prefill_sm80_d128, blocks, p);
+    Q1M_LAUNCH(SparsePrefillSm80<128>, sparse_prefill_sm80_d128, p);
   } else {
-    Q1M_LAUNCH(SparsePrefillSm80<64>, sparse_prefill_sm80_d64, blocks, p);
+    Q1M_LAUNCH(SparsePrefillSm80<64>, sparse_prefill_sm80_d64, p);
   }
 }
 

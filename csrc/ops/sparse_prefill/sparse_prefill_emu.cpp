@@ -1,5 +1,6 @@
 // sparse_prefill's GPU kernels under the emulator: for tests (tests/lib/emulator.py).
 #include <string>
+#include <type_traits>
 
 #include "common/emulated_call.h"
 #include "ops/sparse_prefill/sparse_prefill_launch.h"
@@ -8,11 +9,12 @@ namespace qwen1m {
 namespace {
 
 template <typename Kernel>
-arch::emu::Report emulate(int64_t blocks, const typename Kernel::Params& params,
+arch::emu::Report emulate(const typename Kernel::Params& params,
                           const arch::emu::Options& options) {
   return arch::emu::launch(
-      {.blocks = blocks,
+      {.blocks = Kernel::num_blocks(params.args),
        .threads = Kernel::kThreads,
+       .cluster_size = Kernel::kCluster,
        .shared_bytes = sizeof(typename Kernel::Smem)},
       [&] { Kernel::run(params); }, options);
 }
@@ -20,16 +22,18 @@ arch::emu::Report emulate(int64_t blocks, const typename Kernel::Params& params,
 template <int kHeadDim>
 arch::emu::Report emulate(int64_t architecture, const SparsePrefillParams& p,
                           const arch::emu::Options& options) {
-  const arch::emu::Report gathered =
-      emulate<SparseGather>(SparseGather::num_blocks(p), {p}, options);
+  const arch::emu::Report gathered = emulate<SparseGather>({p}, options);
   if (!gathered.ok()) return gathered;
-  if (architecture == 80) return emulate<SparsePrefillSm80<kHeadDim>>(num_blocks(p), {p}, options);
-  return emulate<SparsePrefillSm90<kHeadDim>>(
-      num_blocks(p),
-      {p, arch::emu::make_tensor_map(half_page_map(p.k_cache)),
-       arch::emu::make_tensor_map(half_page_map(p.v_cache)),
-       arch::emu::make_tensor_map(vertical_map(p))},
-      options);
+  if (architecture == 80) return emulate<SparsePrefillSm80<kHeadDim>>({p}, options);
+  const auto sm90 = [&]<int kCluster>(std::integral_constant<int, kCluster>) {
+    return emulate<SparsePrefillSm90<kHeadDim, kCluster>>(
+        {p, arch::emu::make_tensor_map(half_page_map(p.k_cache)),
+         arch::emu::make_tensor_map(half_page_map(p.v_cache)),
+         arch::emu::make_tensor_map(vertical_map(p))},
+        options);
+  };
+  return p.tile_tokens == 256 ? sm90(std::integral_constant<int, 2>{})
+                              : sm90(std::integral_constant<int, 1>{});
 }
 
 }  // namespace

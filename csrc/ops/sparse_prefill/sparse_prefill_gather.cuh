@@ -13,7 +13,7 @@ namespace qwen1m {
 
 struct SparseGather {
   // --- Config --------------------------------------------------------------------------------
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = 128, kCluster = 1;
   static constexpr int kRows = kPieceKeys;
   static constexpr int kMaxHeads = 256;
 

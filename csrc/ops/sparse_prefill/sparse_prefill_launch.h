@@ -12,11 +12,6 @@
 
 namespace qwen1m {
 
-/// Blocks of the kernel proper.
-inline int64_t num_blocks(const SparsePrefillParams& p) {
-  return SparseTiles(p).count * p.q.size(1);
-}
-
 /// The gathered verticals as a TMA tensor: (64 dims, row, panel, q_head, K or V); rows behind the
 /// list's capacity are outside of it, and zero.
 inline arch::TensorMapSpec vertical_map(const SparsePrefillParams& p) {

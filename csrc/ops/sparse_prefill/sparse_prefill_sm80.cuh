@@ -26,13 +26,16 @@ struct SparsePrefillSm80 {
   // --- Config --------------------------------------------------------------------------------
   static constexpr int D = kHeadDim;
   using Tile = AttentionTileSm80<D>;
-  static constexpr int kKeys = Tile::kKeys, kThreads = Tile::kThreads;
+  static constexpr int kKeys = Tile::kKeys, kThreads = Tile::kThreads, kCluster = 1;
   static constexpr int kWarpRows = Tile::kWarpRows, kHalves = Tile::kHalves;
   static_assert(kKeys == kPieceKeys && kGroupRows % kWarpRows == 0);
 
   struct Params {
     SparsePrefillParams args;
   };
+  static Q1M_HOST_DEVICE int64_t num_blocks(const SparsePrefillParams& p) {
+    return SparseTiles(p).count * p.q.size(1);
+  }
   using Queries = typename Tile::Queries;
   using Keys = typename Tile::Keys;
   using Block = SparseBlock<kKeys>;

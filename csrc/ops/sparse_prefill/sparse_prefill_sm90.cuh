@@ -10,8 +10,16 @@
 ///
 ///   producer    walk | K K V V | walk | K K V V ...    ring of kStages blocks
 ///
+/// For tiles of 256 rows a cluster of two blocks, 128 rows each, shares every load. Both producers
+/// walk the tile's keys and note them in their own block; each loads one of the two pieces of a
+/// block of keys, and multicasts it to both. So `full` barriers wait for bytes that the other block
+/// has asked for too, and a place is loaded anew when the consumers of both have released it. A
+/// block without rows of the call's takes part like any other; the keys of the later rows are
+/// masked for the earlier ones (one block of keys per tile and head).
+///
 /// Shared memory: 227 KB at D = 128, 213 KB at D = 64; registers 56 (producer), 224 (consumers).
-/// Bound: tensor cores, 4 D flops per row and key loaded; K and V pass from L2 once per 128 rows.
+/// Bound: tensor cores, 4 D flops per row and key loaded; K and V pass from L2 once per 128 rows,
+/// or 256.
 /// Compiled and emulated, not yet run on a GPU.
 
 #include "arch/arch.h"
@@ -22,21 +30,28 @@
 
 namespace qwen1m {
 
-template <int kHeadDim>
+template <int kHeadDim, int kBlocksOfCluster = 1>
 struct SparsePrefillSm90 {
   // --- Config --------------------------------------------------------------------------------
   static constexpr int D = kHeadDim;
-  using Tile = AttentionTileSm90<D, D == 64 ? 6 : 3, 56>;
+  static constexpr int kCluster = kBlocksOfCluster;
+  using Tile = AttentionTileSm90<D, D == 64 ? 6 : 3, 56, kCluster>;
   static constexpr int kKeys = Tile::kKeys;
   static constexpr int kThreads = Tile::kThreads;
-  static constexpr uint32_t kPieceBytes = kPieceKeys * 128;  // one panel of a piece
+  static constexpr uint32_t kPieceBytes = kPieceKeys * 128;    // one panel of a piece
+  static constexpr uint16_t kAllBlocks = (1 << kCluster) - 1;  // of the cluster, for multicasts
+  static constexpr int64_t kClusterRows = kCluster * kTileTokens;
   static_assert(kKeys == 2 * kPieceKeys && kGroupRows == Tile::kRows);
+  static_assert(kCluster == 1 || kCluster == 2, "a block of keys has two pieces to share");
 
   struct Params {
     SparsePrefillParams args;
     arch::TensorMap k_map, v_map;  // (64 dims, token, panel, kv_head, page)
     arch::TensorMap vertical_map;  // (64 dims, row, panel, q_head, K or V)
   };  // every box: 64 tokens or rows of one panel
+  static Q1M_HOST_DEVICE int64_t num_blocks(const SparsePrefillParams& p) {
+    return SparseTiles(p, kClusterRows).count * p.q.size(1) * kCluster;
+  }
   using Ring = arch::Ring<Tile::kStages>;
   using Block = SparseBlock<kKeys>;
 
@@ -60,18 +75,24 @@ struct SparsePrefillSm90 {
     for (int panel = 0; panel < D / 64; ++panel) {
       const arch::Shared<void> at{to.address + static_cast<uint32_t>(panel) * Tile::kPanelBytes +
                                   static_cast<uint32_t>(index) * kPieceBytes};
-      arch::tma_load(at, map, full,
-                     {{0, piece.row, panel, gathered ? tile.q_head : tile.kv_head,
-                       gathered ? which : piece.page}});
+      const arch::Coordinates5 from{{0, piece.row, panel, gathered ? tile.q_head : tile.kv_head,
+                                     gathered ? which : piece.page}};
+      if constexpr (kCluster == 1) {
+        arch::tma_load(at, map, full, from);
+      } else {
+        arch::tma_load_multicast(at, map, full, from, kAllBlocks);
+      }
     }
   }
 
+  /// `tile`: the rows of the whole cluster.
   static Q1M_DEVICE void produce(const Params& p, const PrefillTile& tile, SharedSmem smem) {
     arch::registers_decrease<Tile::kProducerRegisters>();
     if (arch::warp_index() != 0) return;
     const auto core = Q1M_SHARED_MEMBER(smem, tile);
     const auto k_full = Q1M_SHARED_MEMBER(core, k_full), v_full = Q1M_SHARED_MEMBER(core, v_full);
     const bool leader = arch::lane_index() == 0;
+    const auto rank = static_cast<int>(arch::cluster_rank());
     Ring ring;
     SparseWalk walk(p.args, tile);
     for (bool first = true;; first = false) {
@@ -94,7 +115,7 @@ struct SparsePrefillSm90 {
         if (num_values == kKeys && piece.num_rows < kPieceKeys) {
           num_values = index * kPieceKeys + piece.num_rows;
         }
-        if (leader) {
+        if (leader && (kCluster == 1 || index == rank)) {
           load_piece(p, tile, piece, index, 0, Q1M_SHARED_MEMBER(core, k)[ring.stage],
                      k_full[ring.stage]);
           load_piece(p, tile, piece, index, 1, Q1M_SHARED_MEMBER(core, v)[ring.stage],
@@ -150,16 +171,28 @@ struct SparsePrefillSm90 {
   }
 
   // --- Run -----------------------------------------------------------------------------------
+  static Q1M_DEVICE void sync() {
+    if constexpr (kCluster == 1) {
+      arch::block_sync();
+    } else {
+      arch::cluster_arrive();
+      arch::cluster_wait();
+    }
+  }
+
   static Q1M_DEVICE void run(const Params& p) {
     const SharedSmem smem = arch::shared_memory<Smem>();
-    const PrefillTile tile = find_tile(p.args, arch::block_index());
+    const PrefillTile tile = find_tile(p.args, arch::block_index() / kCluster, kClusterRows);
     if (arch::thread_index() == 0) Tile::init(Q1M_SHARED_MEMBER(smem, tile));
-    arch::block_sync();
+    sync();
     if (arch::warp_index() < 4) {
       produce(p, tile, smem);
-    } else {
+    } else if constexpr (kCluster == 1) {
       consume(p, tile, smem);
+    } else {
+      consume(p, tile_of_rank(tile, static_cast<int32_t>(arch::cluster_rank())), smem);
     }
+    if constexpr (kCluster > 1) sync();  // the other block may still release places of this one
   }
 };
 

@@ -18,15 +18,14 @@ inline constexpr int kPieceKeys = 64;
 inline constexpr int kGroupRows = 64;
 inline constexpr int kGroups = static_cast<int>(kTileTokens) / kGroupRows;
 
-/// Blocks of a call, 128 rows of a head each, on a grid that begins with the segment: which rows
-/// share a block does not depend on the rows that a call asks for.
+/// Blocks of a call, or clusters of blocks, `rows` rows of a head each, on a grid that begins with
+/// the segment: which rows share a block does not depend on the rows that a call asks for.
 struct SparseTiles {
   int64_t first, count;  // block rows of the segment
 
-  Q1M_HOST_DEVICE explicit SparseTiles(const SparsePrefillParams& p)
-      : first((p.q_begin - p.segment_begin) / kTileTokens),
-        count((p.q_begin + p.q.size(0) - p.segment_begin + kTileTokens - 1) / kTileTokens - first) {
-  }
+  Q1M_HOST_DEVICE explicit SparseTiles(const SparsePrefillParams& p, int64_t rows = kTileTokens)
+      : first((p.q_begin - p.segment_begin) / rows),
+        count((p.q_begin + p.q.size(0) - p.segment_begin + rows - 1) / rows - first) {}
 };
 
 /// The order of the heads, those with the most keys first: rank to head, one entry in the last row
@@ -35,13 +34,14 @@ Q1M_HOST_DEVICE int32_t* head_of_rank(const SparsePrefillParams& p, int64_t rank
   return reinterpret_cast<int32_t*>(p.scratch.as<bf16>().at(0, rank, p.scratch.size(2) - 1));
 }
 
-/// The tile of block `block`: the head with the most keys first, and in it the latest rows, whose
-/// runs are clipped least.
-Q1M_DEVICE PrefillTile find_tile(const SparsePrefillParams& p, int64_t block) {
-  const SparseTiles tiles(p);
+/// The tile of block (or cluster) `block`: the head with the most keys first, and in it the latest
+/// rows, whose runs are clipped least.
+Q1M_DEVICE PrefillTile find_tile(const SparsePrefillParams& p, int64_t block,
+                                 int64_t rows = kTileTokens) {
+  const SparseTiles tiles(p, rows);
   const int64_t index = tiles.first + tiles.count - 1 - block % tiles.count;
-  const int64_t first = p.segment_begin + index * kTileTokens;
-  const int64_t last = first + kTileTokens, q_end = p.q_begin + p.q.size(0);
+  const int64_t first = p.segment_begin + index * rows;
+  const int64_t last = first + rows, q_end = p.q_begin + p.q.size(0);
   const int32_t q_head = arch::global_load(head_of_rank(p, block / tiles.count));
   const auto group = static_cast<int32_t>(p.q.size(1) / p.k_cache.size(1));
   return {.batch = 0,
@@ -53,9 +53,20 @@ Q1M_DEVICE PrefillTile find_tile(const SparsePrefillParams& p, int64_t block) {
           .first_row = static_cast<int32_t>(first < p.q_begin ? p.q_begin - first : 0)};
 }
 
+/// A cluster's tile, seen from row 128 rank on, where the rows of block `rank` begin. The call may
+/// have none of them: then num_tokens is not positive.
+Q1M_DEVICE PrefillTile tile_of_rank(PrefillTile tile, int32_t rank) {
+  const int32_t before = rank * static_cast<int32_t>(kTileTokens);
+  tile.first_token += before;
+  tile.row += before;
+  tile.first_row -= before;
+  tile.num_tokens -= before;
+  return tile;
+}
+
 /// 64 keys and who attends to them.
 struct SparsePiece {
-  uint64_t bits[kGroups];  // of each group of rows: the keys that its tile attends to
+  uint64_t bits[kGroups];  // of each group of a block's rows: the keys that its tile attends to
   int32_t page;            // of the cache; -1: gathered verticals
   int32_t row;             // first row, of the page or of the head's verticals
   int32_t num_rows;        // that hold numbers; the others are past the call's tokens
