@@ -129,7 +129,7 @@ RANKS = [
     {"errors", "fp8", "haystack", "machine", "memory", "_host"},  # leaves
     {"linear", "ops"},
     {"config"},
-    {"weights", "choices", "tokenizer", "request", "sparse_config"},
+    {"weights", "choices", "tokenizer", "request", "sparse_config", "sparse_tiles"},
     {"kv_cache", "output", "sampler", "events", "cost_model", "prefill_policy", "sparsity"},
     {
         "attention",

@@ -173,7 +173,7 @@ class _RefiningAttention(SparseAttention):
             lse = torch.empty_like(full)
             self.apply(stored, selection, segment, token, q, torch.empty_like(q), lse)
             recall.append((lse - full).exp())
-        return selection, torch.cat(recall).double(), selection.columns(self.settings.tile_tokens)
+        return selection, torch.cat(recall).double(), selection.columns()
 
     def _gain(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops
 from .config import DualChunkConfig, ModelConfig
 from .sparse_config import WINDOW_TOKENS, SparseConfig, SparseSettings
+from .sparse_tiles import GPU_TILES, choose_tile, tile_cost
 
 SELECTING_ROWS = 64
 """The last rows of a window that choose for all of it (MInference and Qwen2.5-1M)."""
@@ -48,6 +49,7 @@ class Selection:
     verticals: Tensor  # [q_heads, capacity] int32 ascending, then the largest int32
     runs: Tensor  # [q_heads, 3, capacity, 2] int32: offsets [lo, hi), for every stage the same
     run_count: Tensor  # [q_heads, 3] int32
+    tile_tokens: int  # that the runs were planned for
 
     def lists(self, begin: int, end: int, chunk_len: int) -> tuple[Tensor, Tensor, Tensor]:
         """(vertical_count, runs, run_count) of a segment of the window: what lies before its end.
@@ -64,14 +66,14 @@ class Selection:
         run_count = (used & (self.runs[..., 0] < end)).sum(2).int()
         return vertical_count, self.runs.clamp(max=end), run_count
 
-    def columns(self, tile_tokens: int) -> Tensor:
+    def columns(self) -> Tensor:
         """Keys that a full tile loads far from the prompt's beginning, per head: [q_heads] float64.
 
         A tile at the window's end loads no more, and no more than the window's end. An upper bound:
         columns inside a run are counted twice.
         """
         used = torch.arange(self.runs.shape[2]) < self.run_count[:, :1]
-        length = (self.runs[:, 0, :, 1] - self.runs[:, 0, :, 0]).double() + tile_tokens - 1
+        length = (self.runs[:, 0, :, 1] - self.runs[:, 0, :, 0]).double() + self.tile_tokens - 1
         columns = (self.verticals < self.end).sum(1)
         return (length * used).sum(1) + columns
 
@@ -162,6 +164,7 @@ class SparseAttention:
         heads = config.num_q_heads
         self._vertical = torch.empty(heads, max_tokens)
         self._slash = torch.empty(heads, max_tokens)
+        self.choose_tile = self._slash.is_cuda
         self.num_computed_layers = config.num_layers - 1  # of the last one only requested rows
 
     def attend(
@@ -214,8 +217,25 @@ class SparseAttention:
         The plan is made as if there were one stage: attention cuts its ranges at every stage's
         borders anyway, so one list of runs serves all segments of the window, and of the columns
         only how many lie in each stage is a segment's own.
+
+        On a GPU (`choose_tile`) the tile may become larger than the setting if that is faster by
+        the lengths of the runs; it never becomes smaller, which would cost recall.
         """
-        heads, tile = self.config.num_q_heads, self.settings.tile_tokens
+        selection = self._plan(end, v_size, s_size, self.settings.tile_tokens)
+        tiles = [tile for tile in GPU_TILES if tile >= selection.tile_tokens]
+        if not self.choose_tile or not tiles:
+            return selection
+        runs, run_count = selection.runs[:, -1], selection.run_count[:, -1]
+        columns, dim = (selection.verticals < end).sum(1), self.config.head_dim
+        costs = [tile_cost(tile, runs, run_count, columns, end, dim) for tile in tiles]
+        tile = choose_tile(costs).tile_tokens
+        if tile == selection.tile_tokens:
+            return selection
+        return self._plan(end, v_size, s_size, tile)
+
+    def _plan(self, end: int, v_size: Tensor, s_size: Tensor, tile: int) -> Selection:
+        """`select` for a given tile."""
+        heads = self.config.num_q_heads
         columns = ops.sparse_vertical_capacity(int(v_size.max()), end)
         runs = ops.sparse_run_capacity(int(s_size.max()), end, tile)
         verticals = torch.full((heads, columns), torch.iinfo(torch.int32).max, dtype=torch.int32)
@@ -244,6 +264,7 @@ class SparseAttention:
             verticals,
             staged[:, -1:].expand(shape).contiguous(),
             run_count[:, -1:].expand(run_count.shape).contiguous(),
+            tile,
         )
 
     def apply(
@@ -276,7 +297,7 @@ class SparseAttention:
             *segment,
             self.dual_chunk.chunk_size,
             self.dual_chunk.local_size,
-            self.settings.tile_tokens,
+            selection.tile_tokens,
         )
 
     def recall(
@@ -321,6 +342,7 @@ class SparseAttention:
     def key(self) -> str:
         """Everything that cached keys and values depend on besides what dense ones do."""
         facts = repr((self.settings, self.v_size.tolist(), self.s_size.tolist()))
+        facts += " tiles by runs" if self.choose_tile else ""
         return f"sparse {blake2b(facts.encode(), digest_size=16).hexdigest()}"
 
 
