@@ -90,7 +90,7 @@ struct PrefillAttentionSm80 {
       if (walk.stage != stage) {  // between two block barriers, as all uses of the queries are
         stage = walk.stage;
         rotate_queries(p.args, Tile::whole(Q1M_SHARED_MEMBER(smem, tile)), stage, q, warp_row,
-                          kWarpRows, lane, 32);
+                       kWarpRows, lane, 32);
       }
       arch::cp_async_wait<0>();
       arch::block_sync();  // keys are here; the values of the block before are done with
