@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,17 @@ class ServerProcess:
                 if b"engine_worker" in Path(f"/proc/{child}/cmdline").read_bytes():
                     return int(child)
         return None
+
+    @contextlib.contextmanager
+    def engine_halted(self) -> Iterator[None]:
+        """Within it the engine's process stands still, as if it computed for ever."""
+        pid = self.engine_pid
+        assert pid is not None, "there is no engine to halt"
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:

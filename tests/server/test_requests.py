@@ -58,13 +58,18 @@ def test_headers_at_once_then_comments_and_progress(server):
 
 
 def test_silence_is_broken_by_the_clock(server):
-    """Without progress chunks nothing happens for seconds; proxies must see bytes all the same."""
-    connection, response = raw_stream(server, {"prompt": long_prompt(2), "max_tokens": 1})
-    lines = response.read().decode().splitlines()
+    """An engine that says nothing for long; proxies must see bytes all the same."""
+    body = {"prompt": long_prompt(2), "max_tokens": 50_000, "ignore_eos": True}
+    connection, response = raw_stream(server, body)
+    lines = [response.readline()]  # the request is with the engine, and far from its end
+    with server.engine_halted():
+        while lines.count(b": keep-alive\n") < 3:  # for ever, but for the connection's timeout
+            lines.append(response.readline())
+            assert lines[-1], "the stream has ended"
+    connection.sock.close()  # its end is the client's wish, and cancels
     connection.close()
-    comments = [line for line in lines if line == ": keep-alive"]
-    assert len(comments) >= 2
-    assert not any("prompt_progress" in line for line in lines)
+    assert not any(b"prompt_progress" in line for line in lines)
+    assert server.settled("qwen1m:num_requests_running", 0)
 
 
 def test_the_official_client_sees_progress(client):
