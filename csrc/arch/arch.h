@@ -337,6 +337,9 @@ Q1M_DEVICE uint32_t pack_f16(float low, float high);  // cvt.rn.f16x2.f32
 /// cvt.rn.f16x2.e4m3x2: the two e4m3 in the lower half of `pair` as fp16, exact. A NaN becomes some
 /// number on sm_80, which has no such instruction.
 Q1M_DEVICE uint32_t e4m3_to_f16(uint32_t pair);
+/// cvt.rn.satfinite.e4m3x2.f32: to the nearest e4m3, ties to even, beyond 448 to 448; `low` in the
+/// lowest byte, the upper half 0. Of a NaN the sign is not defined. In integers below sm_89.
+Q1M_DEVICE uint32_t pack_e4m3(float low, float high);
 /// prmt.b32: byte i of the result is byte (selector >> 4 i) % 8 of (a, b), a's being 0 to 3.
 Q1M_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector);
 

@@ -29,7 +29,7 @@ struct e4m3 {
 
   e4m3() = default;
   /// Round to nearest even; what is beyond 448 becomes 448, a NaN stays a NaN.
-  explicit e4m3(float value) {
+  constexpr explicit e4m3(float value) {
     const uint32_t u = std::bit_cast<uint32_t>(value), magnitude = u & 0x7fffffffu;
     const uint32_t a = magnitude > kLargest ? kLargest : magnitude;
     // The three upper bits of the mantissa; the exponent's bias goes from 127 to 7.

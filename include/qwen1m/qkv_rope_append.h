@@ -31,10 +31,11 @@ struct QkvRopeAppendParams {
 /// a position outside the table. Two tokens must not share a slot.
 void qkv_rope_append_cpu(const QkvRopeAppendParams&, const ParallelFor&);
 
-/// sm_80 and later: bf16 (no fp8 cache yet), D a multiple of 16, rows aligned to 16 bytes. All data
-/// lie on the current device; slots and positions are not checked, because that would stop the
-/// stream: a slot outside of the cache appends nothing, and the keys of a position outside of the
-/// table become NaN. Asynchronous. Throws as above, and on a launch that fails.
+/// sm_80 and later: bf16, with a cache in bf16 or fp8; D a multiple of 16, rows aligned to 16
+/// bytes. All data lie on the current device; slots, positions and scales are not checked, because
+/// that would stop the stream: a slot outside of the cache appends nothing, and the keys of a
+/// position outside of the table become NaN. Asynchronous. Throws as above, and on a launch that
+/// fails.
 void qkv_rope_append_cuda(const QkvRopeAppendParams&, Stream);
 
 }  // namespace qwen1m

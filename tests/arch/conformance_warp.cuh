@@ -312,6 +312,50 @@ struct F16Probe {
   }
 };
 
+/// cvt.rn.satfinite.e4m3x2.f32 at ties, ends and below the smallest normal number.
+struct E4m3Probe {
+  static constexpr const char* kName = "pack_e4m3";
+  static constexpr int kThreads = 32;
+  static constexpr int kBlocks = 1;
+  static constexpr int kCluster = 1;
+  struct Layout {
+    uint32_t word;
+  };
+
+  static Q1M_DEVICE void run(const Params& p) {
+    const int t = thread_index();
+    const auto* in = reinterpret_cast<const float*>(p.in);
+    uint32_t pair = pack_e4m3(global_load(in + 2 * t), global_load(in + 2 * t + 1));
+    if ((pair & 0x7f) == 0x7f) pair &= ~0x80u;  // the sign of a NaN is not defined
+    global_store(p.out + t, pair);
+  }
+
+  static std::vector<Case> cases() {
+    // fp32 bits, and the e4m3 nearest to it: ties go to the even one.
+    const uint32_t table[32][2] = {
+        {0x3f800000, 0x38}, {0x3f880000, 0x38}, {0x3f880001, 0x39}, {0x3f980000, 0x3a},
+        {0x3f97ffff, 0x39}, {0xbf880000, 0xb8}, {0xbf980000, 0xba}, {0x3ff80000, 0x40},
+        {0x00000000, 0x00}, {0x80000000, 0x80}, {0x43e00000, 0x7e}, {0xc3e00000, 0xfe},
+        {0x43e80000, 0x7e}, {0x43f00000, 0x7e}, {0x7f7fffff, 0x7e}, {0xff7fffff, 0xfe},
+        {0x7f800000, 0x7e}, {0xff800000, 0xfe}, {0x3c800000, 0x08}, {0x3c700000, 0x08},
+        {0x3c6fffff, 0x07}, {0x3b000000, 0x01}, {0x3a800000, 0x00}, {0x3a800001, 0x01},
+        {0x3b400000, 0x02}, {0x3b3fffff, 0x01}, {0xbb400000, 0x82}, {0x00000001, 0x00},
+        {0x80000001, 0x80}, {0x3c880000, 0x08}, {0x43d80000, 0x7e}, {0x43d7ffff, 0x7d}};
+    Case test;
+    for (uint32_t t = 0; t < 32; ++t) {
+      const auto *low = table[t], *high = table[(5 * t + 3) % 32];
+      test.in.push_back(low[0]);
+      test.in.push_back(high[0]);
+      test.expected.push_back(low[1] | high[1] << 8);
+    }
+    test.in[0] = 0x7fc00000;
+    test.expected[0] = (test.expected[0] & 0xff00) | 0x7f;
+    test.in[2] = 0xffc12345;
+    test.expected[1] = (test.expected[1] & 0xff00) | 0x7f;
+    return {test};
+  }
+};
+
 /// cvt.rn.bf16x2: ties to even, overflow, NaN; and back.
 struct PackProbe {
   static constexpr const char* kName = "pack_bf16, bf16_low, bf16_high";

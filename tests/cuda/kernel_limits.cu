@@ -32,7 +32,8 @@ static_assert(fits<PrefillAttentionSm90<64>, 148480, 1, kSm90>(), "prefill_atten
 static_assert(fits<PrefillAttentionSm80<128>, 66560, 2, kSm80>(), "prefill_attention_sm80_d128");
 static_assert(fits<PrefillAttentionSm80<64>, 33792, 2, kSm80>(), "prefill_attention_sm80_d64");
 static_assert(fits<EmbeddingKernel, 1, 16, kSm80>(), "embedding_kernel");
-static_assert(fits<QkvRopeAppendKernel, 1, 16, kSm80>(), "qkv_rope_append_kernel");
+static_assert(fits<QkvRopeAppendKernel<bf16>, 1, 16, kSm80>(), "qkv_rope_append_kernel");
+static_assert(fits<QkvRopeAppendKernel<e4m3>, 1, 16, kSm80>(), "qkv_rope_append_kernel_fp8");
 static_assert(fits<RmsNormKernel, 128, 16, kSm80>(), "rms_norm_kernel");
 static_assert(fits<SampleKernel<float>, 264, 1, kSm80>(), "sample_kernel_fp32");
 static_assert(fits<SampleKernel<bf16>, 264, 1, kSm80>(), "sample_kernel_bf16");

@@ -96,6 +96,9 @@ Q1M_PROBE(mma_m16n8k16_f16) {
   arch::global_store(p.floats, d[0] + d[1] + d[2] + d[3]);
 }
 Q1M_PROBE(e4m3_to_f16) { arch::global_store(p.words, arch::e4m3_to_f16(p.parity)); }
+Q1M_PROBE(pack_e4m3) {
+  arch::global_store(p.words, arch::pack_e4m3(static_cast<float>(p.number), 1.0F));
+}
 Q1M_PROBE(pack_f16) {
   arch::global_store(p.words, arch::pack_f16(static_cast<float>(p.number), 1.0F));
 }

@@ -44,6 +44,7 @@ SM80 = {
     "mma_m16n8k16": {"HMMA.16816.F32.BF16": 1},
     "mma_m16n8k16_f16": {"HMMA.16816.F32": 1, "HMMA.16816.F32.BF16": 0},
     "e4m3_to_f16": {"STG.E": 1},  # sm_80: a multiplication; sm_90: a conversion
+    "pack_e4m3": {"STG.E": 1},  # sm_80: integers; sm_90: a conversion
     "pack_f16": {"F2FP": 1, "F2FP.BF16": 0},
     "permute_bytes": {"PRMT": 1},
     "exp2_approx": {"MUFU.EX2": 1, "FMUL": 0},

@@ -46,6 +46,11 @@ def _mutant(
     return Mutant(op, name, old, new, frozenset(detectors), **options)  # type: ignore[arg-type]
 
 
+def _fp8(name: str, old: str, new: str, *detectors: str) -> Mutant:
+    return _mutant("qkv_rope_append", f"fp8: {name}", old, new, *detectors,
+                   test="test_fp8_cache_holds_the_rounded_values", case="chunk_border")  # fmt: skip
+
+
 _RAW = "race-read-after-write"
 
 MUTANTS = (
@@ -83,16 +88,23 @@ MUTANTS = (
             NUMBERS, case="chunk_border"),
     _mutant("qkv_rope_append", "the upper half has no bias", "      add_bias(b, p, bias_high);\n", "", NUMBERS,
             case="chunk_border"),
-    _mutant("qkv_rope_append", "values into the keys' cache", "to = p.args.v_cache.as<bf16>()",
-            "to = p.args.k_cache.as<bf16>()", NUMBERS, "global-race", case="chunk_border"),
+    _mutant("qkv_rope_append", "values into the keys' cache", "append(p.args.v_cache.", "append(p.args.k_cache.", NUMBERS, "global-race", case="chunk_border"),
     _mutant("qkv_rope_append", "a skipped slot is slot 0", "return -1;", "return 0;", NUMBERS, "global-race",
             case="skipped_slots"),
     _mutant("qkv_rope_append", "a slot behind the cache is written", " || slot >= cache.size(0) * kPageSize", "",
             "global-bounds", test="test_values_that_a_gpu_cannot_refuse", case=None),
     _mutant("qkv_rope_append", "tokens that are not there", "      if (token >= p.args.q.size(0)) break;\n", "",
             "global-bounds", case="chunk_border"),
-    _mutant("qkv_rope_append", "the next head of the cache is a row away", "at(int64_t{0}, head) + row;\n      arch::",
-            "at(int64_t{0}, int64_t{0}, head) + row;\n      arch::", NUMBERS, "global-race", case="chunk_border"),
+    _mutant("qkv_rope_append", "the next head of the cache is a row away", "at(int64_t{0}, head) + row;\n",
+            "at(int64_t{0}, int64_t{0}, head) + row;\n", NUMBERS, "global-race", case="chunk_border"),
+    _fp8("not divided by the scale", "values[2 * i] / scale, values[2 * i + 1] / scale",
+         "values[2 * i], values[2 * i + 1]", NUMBERS),
+    _fp8("keys with the scales of values", "load_scale(p.args.k_scale, head)", "load_scale(p.args.v_scale, head)",
+         NUMBERS),
+    _fp8("the scale of the first head for all", "scale.at(kv_head)", "scale.at(0)", NUMBERS),
+    _fp8("pairs in the wrong order", "pairs[0] | pairs[1] << 16", "pairs[1] | pairs[0] << 16", NUMBERS),
+    _fp8("vectors twice as wide", "reinterpret_cast<uint64_t*>(head) + in_head",
+         "reinterpret_cast<uint64_t*>(head) + 2 * in_head", NUMBERS, "global-race", "global-bounds"),
     # --- sample --------------------------------------------------------------------------------
     _mutant("sample", "no barrier before partial results are read",
             "      arch::block_sync();\n      return arch::lane_index() < kWarps",

@@ -225,10 +225,14 @@ def test_refuses(change: dict, text: tuple[str, ...], device: str) -> None:
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", ["chunk_border", "strided_rows", "gqa_7", "skipped_slots"])
-def test_fp8_cache_holds_the_rounded_values(name: str, dtype: torch.dtype) -> None:
-    """Bit for bit e4m3 of the fp32 value over the head's scale, beyond 448 too; q as ever."""
+def test_fp8_cache_holds_the_rounded_values(name: str, dtype: torch.dtype, device: str) -> None:
+    """Bit for bit e4m3 of the fp32 value over the head's scale, beyond 448 too; q as ever.
+
+    A GPU may fuse the two products of a rotation; then a key that lies between two codes, to the
+    last bits of fp32, may become either.
+    """
     arguments = arguments_of(case("qkv_rope_append", name), dtype)
-    expected_q, *_ = run(arguments)
+    expected_q = run(arguments, device)[0].cpu()
     wide = {x: arguments[x].float() for x in ("q", "k_cache", "v_cache", "qkv", "bias")}
     _, keys, values = run(arguments | wide)
     heads = keys.shape[1]
@@ -240,13 +244,23 @@ def test_fp8_cache_holds_the_rounded_values(name: str, dtype: torch.dtype) -> No
         q=torch.empty_like(expected_q), k_cache=k_cache, v_cache=v_cache, k_scale=k_scale,
         v_scale=v_scale,
     )  # fmt: skip
-    assert_same_bits(run(arguments)[0], expected_q, "q")
-    for cache, fp32, scale in ((k_cache, keys, k_scale), (v_cache, values, v_scale)):
-        expected = quantise(fp32, scale[:, None, None])
+    q, k_cache, v_cache = (x.cpu() for x in run(arguments, device))
+    assert_same_bits(q, expected_q, "q")
+    for cache, fp32, scale, slack in (
+        (k_cache, keys, k_scale, 0 if device == "cpu" else keys.nan_to_num().abs().max() * 2**-22),
+        (v_cache, values, v_scale, 0),
+    ):
+        least, expected, most = (
+            quantise(fp32 + x, scale[:, None, None]) for x in (-slack, 0, slack)
+        )
         written = ~fp32.isnan()
         assert written.any() and (expected[written].float().abs() == 448).any()
-        assert torch.equal(cache.view(torch.uint8)[written], expected.view(torch.uint8)[written])
-        assert (cache.view(torch.uint8)[~written] == 0x7F).all()
+        codes, same = cache.view(torch.uint8), expected.view(torch.uint8)
+        between = (least.float() <= cache.float()) & (cache.float() <= most.float())
+        clear = written & (least.view(torch.uint8) == most.view(torch.uint8))
+        assert torch.equal(codes[clear], same[clear]) and between[written].all()
+        assert clear.sum() > 0.999 * written.sum()
+        assert (codes[~written] == 0x7F).all()
 
 
 @pytest.mark.parametrize(

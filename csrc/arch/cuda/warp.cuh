@@ -3,6 +3,7 @@
 /// arithmetic.
 
 #include "arch/arch.h"
+#include "qwen1m/dtypes.h"
 
 namespace qwen1m::arch {
 
@@ -167,6 +168,15 @@ Q1M_DEVICE uint32_t e4m3_to_f16(uint32_t pair) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(static_cast<uint16_t>(pair)));
 #endif
   return result;
+}
+Q1M_DEVICE uint32_t pack_e4m3(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  return uint32_t{e4m3(low).bits} | uint32_t{e4m3(high).bits} << 8;
+#else
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
 }
 Q1M_DEVICE int opaque(int value) {
   asm volatile("" : "+r"(value));

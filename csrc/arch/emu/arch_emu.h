@@ -261,6 +261,13 @@ Q1M_DEVICE uint32_t e4m3_to_f16(uint32_t pair) {
   }
   return pack_f16(value[0], value[1]);
 }
+Q1M_DEVICE uint32_t pack_e4m3(float low, float high) {
+  const auto round = [](float x) -> uint32_t {
+    const uint32_t bits = e4m3(x).bits;
+    return (bits & 0x7f) == 0x7f ? 0x7f : bits;
+  };
+  return round(low) | round(high) << 8;
+}
 Q1M_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
   uint32_t result = 0;

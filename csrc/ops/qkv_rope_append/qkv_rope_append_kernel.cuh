@@ -1,7 +1,8 @@
 #pragma once
-/// qkv_rope_append on sm_80 and later, bf16. A thread owns a few columns, a vector of q or v or the
-/// two vectors of a key that rotate into each other, for kTokens tokens: it reads its bias once. A
-/// block is a piece of the columns. Compiled and emulated, not yet run on a GPU.
+/// qkv_rope_append on sm_80 and later, bf16, into a cache in bf16 or e4m3. A thread owns a few
+/// columns, a vector of q or v or the two vectors of a key that rotate into each other, for kTokens
+/// tokens: it reads its bias and its head's scale once. A block is a piece of the columns. Compiled
+/// and emulated, not yet run on a GPU.
 
 #include "arch/arch.h"
 #include "common/vectors.h"
@@ -9,17 +10,22 @@
 
 namespace qwen1m {
 
+struct QkvRopeAppendLaunch {
+  QkvRopeAppendParams args;
+  int q_vectors;     // of a token
+  int kv_vectors;    // of a token's keys; as many values
+  int half_vectors;  // of half a head
+  uint32_t pieces;   // blocks for the columns of a token
+};
+
+/// Cache: bf16 or e4m3.
+template <typename Cache>
 struct QkvRopeAppendKernel {
   static constexpr int kThreads = 128;
   static constexpr int kTokens = 4;
+  static constexpr bool kFp8 = sizeof(Cache) == 1;
 
-  struct Params {
-    QkvRopeAppendParams args;
-    int q_vectors;     // of a token
-    int kv_vectors;    // of a token's keys; as many values
-    int half_vectors;  // of half a head
-    uint32_t pieces;   // blocks for the columns of a token
-  };
+  using Params = QkvRopeAppendLaunch;
   struct Smem {};
 
   static Params params_of(const QkvRopeAppendParams& p) {
@@ -58,6 +64,27 @@ struct QkvRopeAppendKernel {
     return (slot / kPageSize * cache.size(1) * kPageSize + slot % kPageSize) * cache.size(3);
   }
 
+  /// Scale of a KV head; without fp8 nobody asks for it.
+  static Q1M_DEVICE float load_scale(const TensorView<const float, 1>& scale, int kv_head) {
+    return kFp8 ? arch::global_load(scale.at(kv_head)) : 1.0f;
+  }
+
+  /// 8 values of a head into the cache: rounded once, in fp8 after the division by the scale.
+  static Q1M_DEVICE void append(Cache* head, int in_head, const float (&values)[kVectorElems],
+                                float scale) {
+    if constexpr (kFp8) {
+      uint32_t pairs[kVectorElems / 2];
+      Q1M_UNROLL
+      for (int i = 0; i < kVectorElems / 2; ++i) {
+        pairs[i] = arch::pack_e4m3(values[2 * i] / scale, values[2 * i + 1] / scale);
+      }
+      const uint32_t low = pairs[0] | pairs[1] << 16, high = pairs[2] | pairs[3] << 16;
+      arch::global_store(reinterpret_cast<uint64_t*>(head) + in_head, uint64_t{high} << 32 | low);
+    } else {
+      arch::global_store(vector_at(head, in_head), pack(values));
+    }
+  }
+
   /// q or v: out = x + bias.
   static Q1M_DEVICE void copy(const Params& p, int64_t first, int unit) {
     const bool is_q = unit < p.q_vectors;
@@ -65,6 +92,7 @@ struct QkvRopeAppendKernel {
     const int in_head = unit % (2 * p.half_vectors);
     const int head = (is_q ? unit : unit - p.q_vectors) / (2 * p.half_vectors);
     const arch::Vec16 bias = load_bias(p, vector);
+    const float scale = is_q ? 1.0f : load_scale(p.args.v_scale, head);
     arch::Vec16 x[kTokens];
     Q1M_UNROLL
     for (int t = 0; t < kTokens; ++t) {
@@ -75,16 +103,15 @@ struct QkvRopeAppendKernel {
     Q1M_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       if (first + t >= p.args.q.size(0)) break;
-      bf16* to = p.args.q.as<bf16>().at(first + t, head);
-      if (!is_q) {
-        const int64_t row = cache_row(p, first + t);
-        if (row < 0) continue;
-        to = p.args.v_cache.as<bf16>().at(int64_t{0}, head) + row;
-      }
       float values[kVectorElems];
       unpack(x[t], values);
       add_bias(values, p, bias);
-      arch::global_store(vector_at(to, in_head), pack(values));
+      if (is_q) {
+        bf16* to = p.args.q.as<bf16>().at(first + t, head);
+        arch::global_store(vector_at(to, in_head), pack(values));
+      } else if (const int64_t row = cache_row(p, first + t); row >= 0) {
+        append(p.args.v_cache.as<Cache>().at(int64_t{0}, head) + row, in_head, values, scale);
+      }
     }
   }
 
@@ -108,6 +135,7 @@ struct QkvRopeAppendKernel {
     const int low = p.q_vectors + head * 2 * p.half_vectors + in_half;
     const int high = low + p.half_vectors;
     const arch::Vec16 bias_low = load_bias(p, low), bias_high = load_bias(p, high);
+    const float scale = load_scale(p.args.k_scale, head);
     Q1M_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       const int64_t token = first + t;
@@ -132,9 +160,9 @@ struct QkvRopeAppendKernel {
         b[e] = b[e] * c + a[e] * s;
         a[e] = rotated;
       }
-      bf16* to = p.args.k_cache.as<bf16>().at(int64_t{0}, head) + row;
-      arch::global_store(vector_at(to, in_half), pack(a));
-      arch::global_store(vector_at(to, in_half + p.half_vectors), pack(b));
+      Cache* to = p.args.k_cache.as<Cache>().at(int64_t{0}, head) + row;
+      append(to, in_half, a, scale);
+      append(to, in_half + p.half_vectors, b, scale);
     }
   }
 
@@ -153,13 +181,13 @@ struct QkvRopeAppendKernel {
   }
 };
 
-/// What the kernel demands beyond the op's contract; slots and positions are not read.
+/// What the kernel demands beyond the op's contract; slots, positions and scales are not read.
 inline void check_qkv_rope_append_gpu(const QkvRopeAppendParams& p) {
   check_qkv_rope_append_layout(p);
   const ArgCheck args("qkv_rope_append");
   require_bf16_vectors(args, "q", p.q);
-  require_bf16_vectors(args, "k_cache", p.k_cache);
-  require_bf16_vectors(args, "v_cache", p.v_cache);
+  require_aligned_rows(args, "k_cache", p.k_cache);  // bf16 as q, or fp8
+  require_aligned_rows(args, "v_cache", p.v_cache);
   require_bf16_vectors(args, "qkv", p.qkv);
   if (p.bias) require_bf16_vectors(args, "bias", p.bias);
   const auto table = reinterpret_cast<uintptr_t>(p.rope_table.data);
