@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from .errors import BackendError, RequestError
 from .events import EngineStats, RequestStatus, State
+from .heartbeat import Observer, Pulse
 from .output_processor import OutputProcessor
 from .runner import ModelRunner, StepResult
 from .scheduler import Scheduler
@@ -56,7 +57,7 @@ class Core:
         self.requests: dict[str, Request] = {}  # not yet released
         self.trace: list[Span] | None = None
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[tuple[Step, float] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._in_flight: deque[float] = deque()  # predicted seconds of the runner's steps
         self._expected_end = 0.0  # of all of them
@@ -66,6 +67,9 @@ class Core:
         self._closing = False
         self.failure: BaseException | None = None
         self._idle = threading.Condition(self._lock)
+        self._pulses = {
+            "scheduler": Pulse(), "model runner": runner.pulse, "output processor": Pulse()
+        }  # fmt: skip
 
     # --- from any thread --------------------------------------------------------------------------
 
@@ -95,6 +99,10 @@ class Core:
     def post(self, command: Command) -> None:
         """Run something on the output processor's thread, in order with the tokens."""
         self._results.put(command)
+
+    def observer(self, timeout: float) -> Observer:
+        """Tells whether one of the threads is stuck."""
+        return Observer(self._pulses, lambda: bool(self.requests), timeout)
 
     def stats(self) -> EngineStats:
         """Counts at this moment."""
@@ -210,19 +218,24 @@ class Core:
 
     def _schedule(self) -> None:
         wait: float | None = None
+        pulse = self._pulses["scheduler"]
         while True:
+            pulse.end()
             try:
                 command = self._inbox.get(timeout=wait)
             except queue.Empty:
                 command = _nothing  # time to plan the next step
             begin = time.perf_counter()
+            pulse.begin()
             while command is not None:
                 command()
+                pulse.beat()
                 try:
                     command = self._inbox.get_nowait()
                 except queue.Empty:
                     break
             if command is None:
+                pulse.end()
                 break
             wait = self._plan()
             while self._take_released():  # there may be room for somebody who waits
@@ -244,23 +257,30 @@ class Core:
             begin = self._expected_end if self._in_flight else time.perf_counter()
             self._expected_end = begin + seconds
             self._in_flight.append(seconds)
-            self._steps.put(step)
+            self._steps.put((step, seconds))
         return None
 
     def _run(self) -> None:
-        while (step := self._steps.get()) is not None:
+        pulse = self.runner.pulse
+        while (planned := self._steps.get()) is not None:
+            step, seconds = planned
             begin = time.perf_counter()
+            pulse.begin(seconds)
             result = self.runner.run(step)
             if result.sampled:
                 self._results.put(lambda r=result: self._push(r))  # type: ignore[misc]
             self._inbox.put(lambda r=result: self._retire(r))  # type: ignore[misc]
             self._note("runner", begin, step.number)
+            pulse.end()
 
     def _process(self) -> None:
+        pulse = self._pulses["output processor"]
         while (command := self._results.get()) is not None:
             begin = time.perf_counter()
+            pulse.begin()
             command()
             self._note("outputs", begin, 0)
+            pulse.end()
 
     # --- on the scheduler's thread ----------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from .events import EngineStats, OnEvent, OnProgress, RequestStatus
 from .fp8 import FP8
 from .grammar import GrammarCompiler
 from .handle import RequestHandle
+from .heartbeat import Observer
 from .kv_cache import KVCache, pages_for
 from .memory import available_bytes, format_bytes
 from .model import Qwen2Model
@@ -435,6 +436,10 @@ class Engine:
     def failure(self) -> BaseException | None:
         """What has ended the engine's threads, a bug; None while all is well."""
         return self._core.failure
+
+    def observer(self, timeout: float) -> Observer:
+        """Tells whether the engine is stuck, see `heartbeat.py`."""
+        return self._core.observer(timeout)
 
     def stats(self) -> EngineStats:
         """Queues, pages and totals at this moment."""

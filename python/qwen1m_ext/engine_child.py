@@ -2,7 +2,8 @@
 
 The child is a fresh interpreter (no fork: neither torch's threads nor CUDA survive one) at the
 other end of a socket. Whatever ends it, a crash, kill -9 or want of memory, ends the socket too, so
-that it is known at once. One that dies again and again without having done anything is given up.
+that it is known at once. One that lives but makes no progress (`heartbeat.py`) is killed. One that
+dies again and again without having done anything is given up.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import pickle
+import queue
 import signal
 import socket
 import subprocess
@@ -21,8 +24,9 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-from .engine_messages import Batch, Call, Cancel, Facts, LoadFailed, Reply, Start
+from .engine_messages import Batch, Beat, Call, Cancel, Facts, LoadFailed, Reply, Start
 from .errors import BackendError
+from .heartbeat import Silence, tick_seconds
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,9 @@ EARLY_SECONDS = 60.0
 
 PAUSE_SECONDS = 1.0
 """Before the second start in a row, twice that before the third."""
+
+STACK_SECONDS = 0.5
+"""A process that is stuck has so long to write where its threads are, before it is killed."""
 
 
 class EngineChild:
@@ -61,7 +68,9 @@ class EngineChild:
 
         Raises:
             What kept the engine from loading; BackendError: the process died meanwhile.
+            ConfigError: the start's `timeout_seconds` is no time.
         """
+        tick = tick_seconds(start.timeout_seconds)
         self.state: EngineState = "loading"
         self.failure: BaseException | None = None  # why there will be no engine any more
         self.restarts = 0
@@ -69,16 +78,28 @@ class EngineChild:
         self._start, self._command = start, command
         self._take, self._lose, self._on_state = take, lose, on_state
         self._lock, self._send_lock = threading.Lock(), threading.Lock()
+        self._outbox: queue.SimpleQueue[tuple[Connection, bytes] | None] = queue.SimpleQueue()
         self._connection: Connection | None = None  # of a child that is ready
         self._process: subprocess.Popen[bytes] | None = None
+        self._silence = Silence(start.timeout_seconds)
+        self._stuck: str | None = None  # why this child was killed
         self._calls: dict[int, Future[Any]] = {}
         self._numbers = itertools.count(1)
         self._loaded_at: float | None = None
         self._loaded, self._closing = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._supervise, name="qwen1m engine", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=target, args=arguments, name=f"qwen1m {name}", daemon=True)
+            for name, target, arguments in (
+                ("engine", self._supervise, ()),
+                ("sender", self._send_all, ()),
+                ("watch", self._watch, (tick,)),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
         self._loaded.wait()
         if self.failure is not None:
+            self.shutdown(drain=False)
             raise self.failure
 
     @property
@@ -105,7 +126,7 @@ class EngineChild:
                 del self._calls[number]
 
     def tell(self, message: Call | Cancel) -> None:
-        """Send something that is not waited for; without a child it is void."""
+        """Send something; does not wait, neither for it to be read. Without a child it is void."""
         with contextlib.suppress(BackendError):
             self._send(message)
 
@@ -113,9 +134,8 @@ class EngineChild:
         with self._lock:
             connection = self._connection
         if connection is not None:
-            with contextlib.suppress(OSError), self._send_lock:
-                connection.send(message)
-                return
+            self._outbox.put((connection, pickle.dumps(message)))
+            return
         what = f"given up ({self.failure})" if self.failure else self.state
         raise BackendError(f"engine: expected one that is ready, got one that is {what}")
 
@@ -128,7 +148,38 @@ class EngineChild:
             self._closing.set()
             if self._process is not None:
                 self._process.kill()
-        self._thread.join()
+        self._outbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    # --- the other threads ------------------------------------------------------------------------
+
+    def _send_all(self) -> None:
+        """A child that does not read, because it is stuck, holds up nobody but this thread."""
+        while (entry := self._outbox.get()) is not None:
+            connection, data = entry
+            with contextlib.suppress(OSError), self._send_lock:  # it has gone: see `_gone`
+                connection.send_bytes(data)
+
+    def _watch(self, tick: float) -> None:
+        """Kill a child that lives but is stuck."""
+        while not self._closing.wait(tick):
+            process = self._process
+            if process is None or self._stuck is not None:
+                continue
+            if why := self._silence.look(tick):
+                self._kill_stuck(process, why)
+
+    def _kill_stuck(self, process: subprocess.Popen[bytes], why: str) -> None:
+        with self._lock:
+            if process is not self._process or self._stuck is not None:
+                return
+            self._stuck = f"{why} and was killed"
+        log.error("engine: %s", why)
+        process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STACK_SECONDS)
+        process.kill()
 
     # --- the supervising thread -------------------------------------------------------------------
 
@@ -136,10 +187,15 @@ class EngineChild:
         early_deaths = 0
         while not self._closing.is_set():
             connection, process = self._spawn()
-            error = self._serve(connection)
-            connection.close()
+            error = self._serve(connection, process)
+            with self._send_lock:
+                connection.close()
             code = process.wait()
-            reason = str(error) if error is not None else f"its process ended {_how(code)}"
+            with self._lock:
+                self._process = None
+            reason = f"its process ended {_how(code)}"
+            if error is not None or self._stuck is not None:
+                reason = str(error or self._stuck)
             if self._closing.is_set():
                 break
             lasted = 0.0 if self._loaded_at is None else time.monotonic() - self._loaded_at
@@ -173,16 +229,20 @@ class EngineChild:
             )
         self.completed, self._loaded_at = False, None
         with self._lock:
-            self._process = process
+            self._process, self._stuck = process, None
+            self._silence.begin()
             if self._closing.is_set():
                 process.kill()
         return Connection(ours.detach()), process
 
-    def _serve(self, connection: Connection) -> BaseException | None:
+    def _serve(
+        self, connection: Connection, process: subprocess.Popen[bytes]
+    ) -> BaseException | None:
         """Until the child ends; returns what kept it from loading."""
         try:
             connection.send(self._start)
-            first = connection.recv()
+            while isinstance(first := connection.recv(), Beat):
+                self._silence.heard()
             if isinstance(first, LoadFailed):
                 return first.error
             self._facts: Facts = first
@@ -192,11 +252,14 @@ class EngineChild:
             self._set_state("ready")
             self._loaded.set()
             while True:
-                batch = connection.recv()
+                batch: Batch = connection.recv()
+                self._silence.heard()
                 self._take(batch)
                 for item in batch.items:
                     if isinstance(item, Reply):
                         self._answer(item)
+                    elif isinstance(item, Beat) and item.stuck is not None:
+                        self._kill_stuck(process, f"its process is stuck: {item.stuck}")
         except (EOFError, OSError):
             return None
 

@@ -1,7 +1,8 @@
 """What an engine in a process of its own and its parent say to each other, pickled over a socket.
 
-Parent to child: `Start` once, then `Call` and `Cancel`. Child to parent: `Facts` or
-`LoadFailed` once, then `Batch`es. The end of the stream is the end of the other process.
+Parent to child: `Start` once, then `Call` and `Cancel`. Child to parent: `Beat`s while it loads,
+`Facts` or `LoadFailed` once, then `Batch`es, with `Beat`s among their items. The end of the stream
+is the end of the other process.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Start:
 
     model_dir: str
     arguments: dict[str, Any]  # of `Engine`
+    timeout_seconds: float  # without progress that are too long, see `heartbeat.py`
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,14 @@ class Released:
     status: RequestStatus
 
 
-Item = tuple[str, Event] | SessionState | Released | Reply
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life, every `heartbeat.tick_seconds`."""
+
+    stuck: str | None  # what makes no progress
+
+
+Item = tuple[str, Event] | SessionState | Released | Reply | Beat
 """(request id, event), or one of the others."""
 
 

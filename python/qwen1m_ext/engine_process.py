@@ -19,6 +19,7 @@ from .engine_child import DEFAULT_COMMAND, EngineChild, EngineState
 from .engine_messages import (
     TOKEN_ARRAY,
     Batch,
+    Beat,
     Call,
     Cancel,
     Released,
@@ -79,6 +80,7 @@ class EngineProcess:
         model_dir: str | Path,
         *,
         on_state: Callable[[EngineState], None] | None = None,
+        timeout_seconds: float = 60.0,
         **arguments: Any,
     ) -> None:
         """Start a process and load a checkpoint in it.
@@ -87,6 +89,8 @@ class EngineProcess:
             model_dir: as `Engine`.
             on_state: called with "restarting", "ready" and "failed" after the first load, on a
                 thread of this object.
+            timeout_seconds: least time without any progress after which the process is taken for
+                stuck and replaced; a step's own limit is ten times its predicted time, if longer.
             arguments: of `Engine`.
 
         Raises:
@@ -100,7 +104,7 @@ class EngineProcess:
         self._numbers = itertools.count(1)
         self._stats = EngineStats()
         self._child = EngineChild(
-            Start(str(model_dir), arguments),
+            Start(str(model_dir), arguments, timeout_seconds),
             self.command,
             self._take,
             self._lose,
@@ -279,7 +283,7 @@ class EngineProcess:
 
     def _take(self, batch: Batch) -> None:
         for item in batch.items:
-            if isinstance(item, Reply):
+            if isinstance(item, Reply | Beat):
                 continue
             if isinstance(item, SessionState):
                 if session := self._sessions.get(item.number):

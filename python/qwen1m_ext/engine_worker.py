@@ -1,12 +1,14 @@
 """The child of `EngineProcess`: an `Engine` at the other end of a socket.
 
 One thread receives, the main thread sends: what the engine's threads produce in the meantime goes
-out as one message. Calls run on a few threads, so that none waits for another's file or grammar.
+out as one message. Calls run on a few threads, so that none waits for another's file or grammar. A
+last one is the heart: it tells whether the others get on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import queue
@@ -26,6 +28,7 @@ from .engine import Engine
 from .engine_messages import (
     TOKEN_ARRAY,
     Batch,
+    Beat,
     Call,
     Cancel,
     Facts,
@@ -40,6 +43,7 @@ from .engine_messages import (
 )
 from .events import Event, Finished
 from .handle import RequestHandle
+from .heartbeat import tick_seconds
 from .session_files import SessionInfo, load_session, save_session
 from .sessions import Session
 
@@ -64,6 +68,8 @@ class Worker:
         self._handles: dict[str, RequestHandle] = {}
         self._sessions: dict[int, Session] = {}
         self._pool = ThreadPoolExecutor(WORKERS, "qwen1m-calls")
+        self._first = threading.Lock()  # of what is sent before and with the end of the loading
+        self._loaded = False
         self._calls: dict[str, Callable[..., Any]] = {
             "submit": self._submit,
             "unpin": lambda request_id: self._engine.unpin(request_id),
@@ -78,23 +84,27 @@ class Worker:
     def run(self) -> None:
         """Load, say so, and serve. Does not return."""
         start: Start = self._connection.recv()
+        timeout = start.timeout_seconds
         threading.Thread(target=self._receive, name="qwen1m receiver", daemon=True).start()
+        threading.Thread(target=self._beat, args=(timeout,), name="heart", daemon=True).start()
         try:
             self._engine = engine = Engine(start.model_dir, **start.arguments)
         except Exception as error:
-            self._connection.send(LoadFailed(portable(error)))
+            with self._first:
+                self._connection.send(LoadFailed(portable(error)))
             return
-        self._connection.send(
-            Facts(
-                config=engine.config,
-                generation_config=engine.generation_config,
-                dual_chunk=engine.dual_chunk,
-                dtype=engine.dtype,
-                max_model_len=engine.max_model_len,
-                eos_token_ids=engine.eos_token_ids,
-                prefill=engine.policy.describe(),
-            )
+        facts = Facts(
+            config=engine.config,
+            generation_config=engine.generation_config,
+            dual_chunk=engine.dual_chunk,
+            dtype=engine.dtype,
+            max_model_len=engine.max_model_len,
+            eos_token_ids=engine.eos_token_ids,
+            prefill=engine.policy.describe(),
         )
+        with self._first:
+            self._connection.send(facts)
+            self._loaded = True
         self._send()
 
     # --- receiving --------------------------------------------------------------------------------
@@ -119,6 +129,20 @@ class Worker:
         self._outbox.put(reply)
 
     # --- sending ----------------------------------------------------------------------------------
+
+    def _beat(self, timeout: float) -> None:
+        tick = tick_seconds(timeout)
+        with contextlib.suppress(OSError):  # the parent has gone
+            while True:
+                time.sleep(tick)
+                with self._first:
+                    if self._loaded:
+                        break
+                    self._connection.send(Beat(None))
+        observer = self._engine.observer(timeout)
+        while True:  # by the way of everything else: it must be open
+            self._outbox.put(Beat(observer.look(tick)))
+            time.sleep(tick)
 
     def _send(self) -> None:
         told = 0.0
@@ -211,6 +235,8 @@ def main() -> None:
     """Serve the socket whose number is the first argument; for `engine_child.py`."""
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, signal.SIG_IGN)  # sent to the whole group; the parent drains and ends us
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the stacks of all threads, before it is killed
     logging.basicConfig(level=logging.WARNING, format="qwen1m: %(message)s")
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
         Worker(Connection(int(sys.argv[1]))).run()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .attention import Batch, Rotary, Segment
 from .events import Progress
+from .heartbeat import Pulse
 from .kv_cache import KVCache
 from .model import Qwen2Model, logits_rows
 from .ops import PAGE_SIZE
@@ -62,6 +63,7 @@ class ModelRunner:
         """
         self._model, self._rotary, self._cache = model, rotary, cache
         self._temperature, self._prefill_work = temperature, prefill_work
+        self.pulse = Pulse()  # beats after every layer
         config = model.config
         # from here on a step reads more bytes of the cache than of the weights
         self._long = weight_bytes(config, model.dtype) // config.kv_bytes_per_token(
@@ -194,6 +196,7 @@ class ModelRunner:
 
     def _report(self, pieces: list[Piece], share: float) -> None:
         """After each layer: progress, and whether anybody still wants the step."""
+        self.pulse.beat()
         now = time.perf_counter()
         for piece in pieces:
             sequence, request = piece.sequence, piece.sequence.request

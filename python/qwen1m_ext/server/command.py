@@ -29,6 +29,9 @@ _OPTIONS: list[tuple[str, dict[str, Any]]] = [
                           "help": "larger bodies get 413"}),
     ("--keep-alive-seconds", {"type": float, "default": 10.0, "metavar": "S",
                               "help": "silence on a stream before a comment is sent"}),
+    ("--engine-timeout-seconds", {"type": float, "default": 60.0, "metavar": "S",
+                                  "help": "without progress after which the engine's process is "
+                                  "replaced; a step has at least ten times its predicted time"}),
     ("--drain-seconds", {"type": float, "default": 600.0, "metavar": "S",
                          "help": "time for running requests after SIGTERM"}),
     ("--session-dir", {"type": Path, "metavar": "DIR",
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         max_body_bytes=args.max_body_bytes,
         max_queue=args.max_queue,
         keep_alive_seconds=args.keep_alive_seconds,
+        engine_timeout_seconds=args.engine_timeout_seconds,
         drain_seconds=args.drain_seconds,
         session_dir=args.session_dir or default_session_dir(),
         engine=engine,

@@ -62,7 +62,10 @@ class Service:
         try:
             self._engine = await self.work(
                 lambda: EngineProcess(
-                    self.settings.model_dir, on_state=on_state, **self.settings.engine
+                    self.settings.model_dir,
+                    on_state=on_state,
+                    timeout_seconds=self.settings.engine_timeout_seconds,
+                    **self.settings.engine,
                 )
             )
         except Exception as error:
