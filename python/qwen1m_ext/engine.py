@@ -303,6 +303,7 @@ class Engine:
         pin: bool = False,
         logits_processor: Callable[[int], LogitsProcessor] | None = None,
         json_schema: dict[str, Any] | None = None,
+        grammar: str | None = None,
         on_event: OnEvent | None = None,
         on_progress: OnProgress | None = None,
         on_release: Callable[[], None] | None = None,
@@ -319,6 +320,7 @@ class Engine:
             pin: keep the prompt's full pages from eviction until `unpin(request_id)`.
             logits_processor: makes one for each sample index; see `sampler.LogitsProcessor`.
             json_schema: what the output must be a document of; excludes `logits_processor`.
+            grammar: what it must follow, in llguidance's dialect of Lark; excludes both.
             on_event: takes the events instead of the handle; see `events.OnEvent`.
             on_progress: takes the `Progress` events; see `events.OnProgress`.
             on_release: called when all that the request held is given back (`RequestHandle.wait`).
@@ -338,6 +340,8 @@ class Engine:
         self.check(token_ids, params)
         if json_schema is not None:
             logits_processor = self._grammar_compiler().json_schema(json_schema)
+        elif grammar is not None:
+            logits_processor = self._grammar_compiler().lark(grammar)
         scorer = None
         if params.prompt_logprobs is not None:
             scorer = PromptScorer(self.model, token_ids, params.prompt_logprobs)

@@ -64,6 +64,7 @@ class Submit:
     session: int | None
     pin: bool
     json_schema: dict[str, Any] | None
+    grammar: str | None
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,7 @@ class EngineProcess:
         session: SessionProxy | None = None,
         pin: bool = False,
         json_schema: dict[str, Any] | None = None,
+        grammar: str | None = None,
         on_event: OnEvent | None = None,
     ) -> RequestHandle:
         """Queue a request, as `Engine.submit`; returns when the engine has accepted it.
@@ -225,6 +226,7 @@ class EngineProcess:
             None if session is None else session.number,
             pin,
             json_schema,
+            grammar,
         )
         try:
             self._child.call("submit", message)

@@ -200,6 +200,7 @@ class Worker:
             session=session,
             pin=message.pin,
             json_schema=message.json_schema,
+            grammar=message.grammar,
             on_event=on_event,
             on_release=on_release,
         )

@@ -1,4 +1,4 @@
-"""Structured output: a JSON schema becomes a mask over the logits of every draw.
+"""Structured output: a schema or grammar becomes a mask over the logits of every draw.
 
 The grammars are those of llguidance (`pip install "qwen1m_ext[serve]"`). A mask forbids every token
 after which the text could no longer become a document of the schema, so a finished sample always is
@@ -22,6 +22,11 @@ WHITESPACE = r"[ \n]{0,16}"
 """Between JSON's tokens: room to indent, and an end to it (a greedy model can repeat blanks)."""
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+_JSON_OPTIONS: Any = {"whitespace_pattern": WHITESPACE, "whitespace_flexible": True}
+
+INLINE_JSON: dict[str, Any] = {"x-guidance": _JSON_OPTIONS}
+"""To be added to a schema behind `%json` in a grammar, so that it is read as `json_schema` is."""
 
 
 class GrammarCompiler:
@@ -58,15 +63,24 @@ class GrammarCompiler:
             RequestError: the schema is none, or asks for what the grammars cannot express.
         """
         try:
-            text = json.dumps(schema)
             grammar = self._matcher.grammar_from_json_schema(
-                text, defaults={"whitespace_pattern": WHITESPACE, "whitespace_flexible": True}
+                json.dumps(schema), defaults=_JSON_OPTIONS
             )
-            trouble = self._matcher.validate_grammar(grammar, self._tokenizer)
         except (ValueError, RecursionError) as error:
+            raise RequestError(f"response_format: the schema cannot be used: {error}") from None
+        return self._checked(grammar, "response_format: the schema")
+
+    def lark(self, grammar: str) -> Callable[[int], LogitsProcessor]:
+        """The same of a grammar in llguidance's dialect of Lark, made of the schemas of tools."""
+        return self._checked(grammar, "tools: a schema of theirs or of response_format")
+
+    def _checked(self, grammar: str, what: str) -> Callable[[int], LogitsProcessor]:
+        try:
+            trouble = self._matcher.validate_grammar(grammar, self._tokenizer)
+        except ValueError as error:
             trouble = str(error)
         if trouble and not trouble.startswith("WARNING"):
-            raise RequestError(f"response_format: the schema cannot be used: {trouble[:500]}")
+            raise RequestError(f"{what} cannot be used: {trouble[:500]}")
         return lambda index: self._mask(grammar)
 
     def _mask(self, grammar: str) -> LogitsProcessor:
@@ -81,7 +95,7 @@ class GrammarCompiler:
                     matcher.consume_token(token)
             seen = len(output)
             if matcher.is_error():
-                raise RequestError(f"response_format: {matcher.get_error()[:500]}")
+                raise RequestError(f"grammar: {matcher.get_error()[:500]}")
             masked = torch.full_like(logits, -torch.inf)
             if matcher.is_stopped():
                 allowed = self._eos

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .config import read_json
@@ -97,7 +97,8 @@ class Tokenizer:
         """Render a conversation with the checkpoint's chat template.
 
         Raises:
-            RequestError: no messages, a malformed message, no template, or the template objects.
+            RequestError: no messages, a malformed message, no template, or the template objects;
+                tools, or calls of them, and a template that does not know tools.
         """
         if not messages:
             raise RequestError("messages: expected at least one message, got none")
@@ -119,7 +120,13 @@ class Tokenizer:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        called = tools or any("tool_calls" in message for message in messages)
         try:
+            parsed = environment.parse(self.chat_template)
+            if called and "tools" not in meta.find_undeclared_variables(parsed):
+                raise RequestError(
+                    "tools: expected none, as the checkpoint's chat template does not know them"
+                )
             return environment.from_string(self.chat_template).render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
@@ -127,6 +134,8 @@ class Tokenizer:
                 eos_token=self.eos_token or "",
                 bos_token=self.bos_token or "",
             )
+        except RequestError:
+            raise
         except Exception as error:  # a template can fail in any way that Python can
             raise RequestError(f"chat template: {error or type(error).__name__}") from None
 

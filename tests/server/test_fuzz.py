@@ -21,7 +21,7 @@ FIELDS = [
     "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "session", "pin",
     "skip_special_tokens", "include_stop_str_in_output", "priority", "return_progress", "user",
     "messages", "prompt", "echo", "logprobs", "top_logprobs", "best_of", "tools", "metadata",
-    "tokens", "id", "freeze_temperature", "max_completion_tokens", "store",
+    "tool_choice", "tokens", "id", "freeze_temperature", "max_completion_tokens", "store",
 ]  # fmt: skip
 GOOD = {
     "/v1/completions": {"prompt": "ab", "max_tokens": 2},

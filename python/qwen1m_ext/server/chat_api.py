@@ -12,20 +12,26 @@ from ..events import Event, OutputDelta
 from .errors import ApiError
 from .generation import Generation
 from .logprobs import chat_logprobs
-from .prompts import Prompt, chat_prompt, continued_prompt
+from .prompts import Prompt, chat_prompt, continued_prompt, json_schema
 from .respond import respond
 from .schemas import ChatBody
 from .service import Service
+from .tool_calls import Part, ToolCallParser, call_entry
+from .tools import Calling, calling
 
 
 class ChatShape:
     """One chat request: chunks while it streams, the whole object at its end."""
 
-    def __init__(self, service: Service, body: ChatBody, generation: Generation) -> None:
+    def __init__(
+        self, service: Service, body: ChatBody, generation: Generation, tools: Calling
+    ) -> None:
         self._body, self._generation = body, generation
+        self._parsers = [ToolCallParser(tools.names) for _ in range(body.n if tools.names else 0)]
         self._tokenizer = service.tokenizer
         self._model = service.settings.served_name
         self._started: set[int] = set()
+        self._calls: dict[int, int] = {}  # so far, by sample
         self._choices: list[dict[str, Any]] = [
             {
                 "index": index,
@@ -57,12 +63,31 @@ class ChatShape:
             self._started.add(event.index)
             choices.append(self._delta(event.index, {"role": "assistant", "content": ""}))
         if event.text or event.logprobs or event.finish_reason:
-            delta = {"content": event.text} if event.text or event.logprobs else {}
-            choices.append(
-                self._delta(event.index, delta)
-                | {"logprobs": self._logprobs(event), "finish_reason": event.finish_reason}
-            )
+            deltas = [self._part(event.index, part) for part in self._parts(event)]
+            if not deltas:
+                deltas = [{"content": ""} if event.logprobs else {}]
+            choices += [self._delta(event.index, delta) for delta in deltas]
+            choices[-1]["logprobs"] = self._logprobs(event)
+            choices[-1]["finish_reason"] = self._finish_reason(event)
         return choices
+
+    def _parts(self, event: OutputDelta) -> list[Part]:
+        """The text and the calls that an event brings."""
+        if self._parsers:
+            return self._parsers[event.index].push(event.text, event.finish_reason is not None)
+        return [event.text] if event.text else []
+
+    def _part(self, index: int, part: Part) -> dict[str, Any]:
+        """The delta of one of them; the number of a call goes with its sample's earlier ones."""
+        if isinstance(part, str):
+            return {"content": part}
+        number = self._calls.get(index, 0)
+        self._calls[index] = number + 1
+        return {"tool_calls": [{"index": number} | call_entry(part)]}
+
+    def _finish_reason(self, event: OutputDelta) -> str | None:
+        called = event.index in self._calls
+        return "tool_calls" if called and event.finish_reason == "stop" else event.finish_reason
 
     @staticmethod
     def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
@@ -78,14 +103,24 @@ class ChatShape:
         """Take an event into the whole object."""
         if isinstance(event, OutputDelta):
             choice = self._choices[event.index]
-            choice["message"]["content"] += event.text
-            choice["finish_reason"] = event.finish_reason
+            for part in self._parts(event):
+                delta = self._part(event.index, part)
+                if "content" in delta:
+                    choice["message"]["content"] += delta["content"]
+                for call in delta.get("tool_calls", ()):
+                    del call["index"]
+                    choice["message"].setdefault("tool_calls", []).append(call)
+            choice["finish_reason"] = self._finish_reason(event)
             logprobs = self._logprobs(event)
             if logprobs is not None:
                 choice["logprobs"]["content"] += logprobs["content"]
 
     def whole(self) -> dict[str, Any]:
         """The finished object."""
+        for choice in self._choices:
+            message = choice["message"]
+            if "tool_calls" in message and not message["content"]:
+                message["content"] = None
         return self._head("chat.completion") | {
             "choices": self._choices,
             "usage": self.usage(),
@@ -106,16 +141,16 @@ def router(service: Service) -> APIRouter:
 
         def prompts(session: SessionProxy | None) -> list[Prompt]:
             if not body.continue_session:
-                return [chat_prompt(service.tokenizer, body.messages)]
+                return [chat_prompt(service.tokenizer, body.messages, body.tools)]
             if session is None:
                 raise ApiError(400, "continue_session: expected together with session")
             return [continued_prompt(service.engine, service.tokenizer, session, body.messages)]
 
+        tools = calling(body, service.tokenizer, json_schema(body))
         generation = await service.generate(
-            request, body, "chatcmpl", prompts, alone=body.continue_session
+            request, body, "chatcmpl", prompts, alone=body.continue_session, grammar=tools.grammar
         )
-        return await respond(
-            service, request, body, generation, ChatShape(service, body, generation)
-        )
+        shape = ChatShape(service, body, generation, tools)
+        return await respond(service, request, body, generation, shape)
 
     return routes

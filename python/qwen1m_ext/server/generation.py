@@ -46,6 +46,7 @@ class Generation:
         priority: int,
         pin: bool,
         json_schema: dict[str, Any] | None,
+        grammar: str | None,
     ) -> None:
         """Hand `prompts` to the engine; blocks for a moment, so call it on a worker thread.
 
@@ -66,6 +67,7 @@ class Generation:
                     session=self.session,
                     pin=pin,
                     json_schema=json_schema,
+                    grammar=grammar,
                     on_event=self._receiver(index),
                 )
                 self._handles.append(handle)

@@ -75,7 +75,7 @@ def router(service: Service) -> APIRouter:
 
         def run() -> dict[str, Any]:
             if body.messages is not None:
-                made = chat_prompt(tokenizer, body.messages, body.add_generation_prompt)
+                made = chat_prompt(tokenizer, body.messages, body.tools, body.add_generation_prompt)
                 ids = made.token_ids
             else:
                 ids = tokenizer.encode(body.prompt or "")

@@ -8,9 +8,10 @@ from ..engine_process import EngineProcess, SessionProxy
 from ..errors import ContextTooLong, RequestError
 from ..grammar import ANY_OBJECT
 from ..request import SamplingParams
-from ..tokenizer import Tokenizer
+from ..tokenizer import Message, Tokenizer
 from .errors import ApiError
-from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody
+from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, Tool
+from .tools import template_messages, template_tools
 
 _PLAIN = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
@@ -27,14 +28,15 @@ class Prompt:
     token_ids: list[int]
 
 
-def chat_prompt(tokenizer: Tokenizer, messages: list[ChatMessage], generate: bool = True) -> Prompt:
+def chat_prompt(
+    tokenizer: Tokenizer,
+    messages: list[ChatMessage],
+    tools: list[Tool] | None = None,
+    generate: bool = True,
+) -> Prompt:
     """A conversation through the checkpoint's template."""
     rendered = tokenizer.apply_chat_template(
-        [
-            {"role": "system" if m.role == "developer" else m.role, "content": m.text()}
-            for m in messages
-        ],
-        add_generation_prompt=generate,
+        template_messages(messages), add_generation_prompt=generate, tools=template_tools(tools)
     )
     return Prompt(rendered, tokenizer.encode(rendered))
 
@@ -48,8 +50,11 @@ def continued_prompt(
     that can be recognised before them.
     """
     answer = "\u2039the answer before\u203a"
-    before = [ChatMessage(role="user"), ChatMessage(role="assistant", content=answer)]
-    rendered = chat_prompt(tokenizer, [*before, *messages]).text or ""
+    before: list[Message] = [
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": answer},
+    ]
+    rendered = tokenizer.apply_chat_template([*before, *template_messages(messages)])
     _, found, turn = rendered.partition(answer)
     if not found:
         raise ApiError(400, "continue_session: the chat template leaves out earlier answers")
@@ -79,8 +84,10 @@ def completion_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Promp
     return prompts
 
 
-def sampling_params(engine: EngineProcess, body: GenerationBody) -> SamplingParams:
-    """The checkpoint's defaults, with what the body says.
+def sampling_params(
+    engine: EngineProcess, body: GenerationBody, constrained: bool = False
+) -> SamplingParams:
+    """The checkpoint's defaults, with what the body says; `constrained`: a grammar ends the output.
 
     Raises:
         RequestError: a value out of range.
@@ -115,8 +122,11 @@ def sampling_params(engine: EngineProcess, body: GenerationBody) -> SamplingPara
         given["max_tokens"] = 1  # its token is not shown
     if body.logit_bias is not None:
         given["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
-    if _schema_of(body) is not None and (body.min_tokens or body.ignore_eos):
-        raise ApiError(400, "response_format: expected neither min_tokens nor ignore_eos with it")
+    if constrained and (body.min_tokens or body.ignore_eos):
+        raise ApiError(
+            400,
+            "min_tokens, ignore_eos: expected neither with response_format or a grammar of tools",
+        )
     defaults = engine.default_sampling_params()
     return replace(defaults, n=body.n, **given)
 
@@ -127,7 +137,8 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
-def _schema_of(body: GenerationBody) -> dict[str, object] | None:
+def json_schema(body: GenerationBody) -> dict[str, object] | None:
+    """The schema that the output must follow; None: free text."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
@@ -136,11 +147,6 @@ def _schema_of(body: GenerationBody) -> dict[str, object] | None:
     if wanted.json_schema is None:
         raise ApiError(400, "response_format.json_schema: expected an object with a schema")
     return wanted.json_schema.schema_
-
-
-def json_schema(body: GenerationBody) -> dict[str, object] | None:
-    """The schema that the output must follow; None: free text."""
-    return _schema_of(body)
 
 
 def check_room(engine: EngineProcess, prompt: Prompt, max_tokens: int | None) -> None:

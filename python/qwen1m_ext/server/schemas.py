@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_SAMPLES = 128
 MAX_PROMPTS = 1024  # of one /v1/completions request
 MAX_LOGPROBS = 20
+MAX_TOOLS = 128
 
 
 class Body(BaseModel):
@@ -101,18 +102,72 @@ class TextPart(Body):
     text: str
 
 
+class FunctionCall(Body):
+    """A call that the model has made; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class CallEntry(Body):
+    """One of an assistant's calls, as its answer told it."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(Body):
     """One message; the role `developer` is OpenAI's newer name of `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] = ""
     name: str | None = None
+    tool_calls: Annotated[list[CallEntry], Field(min_length=1)] | None = None  # of an assistant
+    tool_call_id: str | None = None  # of a tool: the call whose result the content is
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: expected with the role assistant only")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("tool_call_id: expected with the role tool, and only with it")
+        return self
 
     def text(self) -> str:
         """Its content as one text."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
+
+
+class Function(Body):
+    """A function that may be called; `parameters` is the JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # nothing: it takes no arguments
+    strict: bool | None = None  # calls have to follow `parameters`, also where calling is optional
+
+
+class Tool(Body):
+    """Functions are the only kind of tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    """One of the functions."""
+
+    name: str
+
+
+class NamedToolChoice(Body):
+    """This function has to be called, once."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatBody(GenerationBody):
@@ -123,9 +178,9 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: bool | None = None  # there are none
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None  # False: one call at most
     modalities: list[Literal["text"]] | None = None
 
 
@@ -152,6 +207,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 

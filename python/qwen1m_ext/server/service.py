@@ -165,6 +165,7 @@ class Service:
         prompts: Callable[[SessionProxy | None], list[Prompt]],
         *,
         alone: bool = False,
+        grammar: str | None = None,
     ) -> Generation:
         """Check a request and submit it; the caller closes it with `finish`.
 
@@ -174,6 +175,7 @@ class Service:
             prefix: of a random id.
             prompts: makes the prompts, given the session; runs on a worker thread.
             alone: the session must have no other request.
+            grammar: of the output, in place of the body's `response_format`.
 
         Raises:
             ApiError and the engine's errors; nothing runs then.
@@ -187,7 +189,8 @@ class Service:
             generation.session, generation.on_close = self.sessions.use(body.session, alone)
 
         def submit() -> None:
-            params = sampling_params(engine, body)
+            schema = json_schema(body) if grammar is None else None
+            params = sampling_params(engine, body, constrained=bool(schema or grammar))
             generation.prompts = prompts(generation.session)
             for prompt in generation.prompts:
                 check_room(engine, prompt, params.max_tokens)
@@ -196,7 +199,8 @@ class Service:
                 params,
                 priority=body.priority,
                 pin=body.pin,
-                json_schema=json_schema(body),
+                json_schema=schema,
+                grammar=grammar,
             )
 
         self.registry.add(generation)
