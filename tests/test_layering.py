@@ -164,7 +164,6 @@ RANKS = [
 ]
 # Modules that launch no kernel: of ops they may have constants (PAGE_SIZE) only.
 WITHOUT_KERNELS = {
-    "kv_cache",
     "offload",
     "prefix_cache",
     "sequence",

@@ -7,6 +7,7 @@
 #include "qwen1m/rms_norm.h"
 #include "qwen1m/sample.h"
 #include "qwen1m/swiglu.h"
+#include "qwen1m/widen_pages.h"
 
 namespace qwen1m::bench {
 namespace {
@@ -99,7 +100,7 @@ class Fused {
   }
 
   /// Consecutive tokens of one sequence whose pages lie in random order.
-  void qkv_rope_append(int64_t tokens, int64_t q_heads, int64_t kv_heads) {
+  void qkv_rope_append(int64_t tokens, int64_t q_heads, int64_t kv_heads, bool fp8) {
     constexpr int64_t kDim = 128;
     const int64_t columns = (q_heads + 2 * kv_heads) * kDim;
     const int64_t num_pages = (tokens + kPageSize - 1) / kPageSize, page = kPageSize * kDim;
@@ -122,6 +123,11 @@ class Fused {
                  DType::kBFloat16,
                  {num_pages, kv_heads, kPageSize, kDim},
                  {kv_heads * page, page, kDim, 1}};
+    const Buffer<float> scale(std::vector<float>(static_cast<size_t>(kv_heads), 0.25f));
+    if (fp8) {  // in half of the buffers
+      p.k_cache.dtype = DType::kFloat8E4M3;
+      p.k_scale = p.v_scale = {scale.data(), {kv_heads}, {1}};
+    }
     p.v_cache = p.k_cache;
     p.v_cache.data = v.data();
     p.qkv = rows(qkv, tokens, columns);
@@ -131,9 +137,38 @@ class Fused {
     p.rope_table = {table.data(), {tokens, kDim / 2, 2}, {kDim, 2, 1}};
     p.chunk_len = kInfiniteChunk;
     const std::string heads = std::to_string(q_heads) + "/" + std::to_string(kv_heads) + " heads";
-    measure("qkv_rope_append", std::to_string(tokens) + " tokens, " + heads,
-            2 * qkv.bytes() + table.bytes() + positions.bytes() + slots.bytes(),
+    const int64_t saved = fp8 ? 2 * tokens * kv_heads * kDim : 0;
+    measure("qkv_rope_append",
+            std::to_string(tokens) + " tokens, " + heads + (fp8 ? ", fp8 cache" : ""),
+            2 * qkv.bytes() + table.bytes() + positions.bytes() + slots.bytes() - saved,
             [&](cudaStream_t stream) { qkv_rope_append_cuda(p, stream); });
+  }
+
+  /// One layer's keys (or values) of a sequence, its pages in random order.
+  void widen_pages(int64_t tokens, int64_t kv_heads) {
+    constexpr int64_t kDim = 128;
+    const int64_t num_pages = tokens / kPageSize, page = kPageSize * kDim;
+    const Buffer<bf16> wide(num_pages * kv_heads * page);
+    const Buffer<uint8_t> codes(std::vector<uint8_t>(static_cast<size_t>(wide.count()), 0x3a));
+    const Buffer<float> scale(std::vector<float>(static_cast<size_t>(kv_heads), 0.25f));
+    std::vector<int64_t> order(static_cast<size_t>(num_pages));
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+    std::shuffle(order.begin(), order.end(), std::mt19937(4));
+    const Buffer<int64_t> pages(order);
+    WidenPagesParams p;
+    p.wide = {wide.data(),
+              DType::kBFloat16,
+              {num_pages, kv_heads, kPageSize, kDim},
+              {kv_heads * page, page, kDim, 1}};
+    p.codes = p.wide;
+    p.codes.dtype = DType::kFloat8E4M3;
+    p.codes.data = codes.data();
+    p.scale = {scale.data(), {kv_heads}, {1}};
+    p.pages = {pages.data(), {num_pages}, {1}};
+    measure("widen_pages",
+            std::to_string(tokens) + " tokens, " + std::to_string(kv_heads) + " heads",
+            wide.bytes() + codes.bytes() + pages.bytes(),
+            [&](cudaStream_t stream) { widen_pages_cuda(p, stream); });
   }
 
  private:
@@ -177,8 +212,14 @@ int main(int argc, char** argv) {
         fused.rms_norm(tokens, hidden, true);
         fused.embedding(tokens, hidden);
       }
-      fused.qkv_rope_append(tokens, 28, 4);
-      fused.qkv_rope_append(tokens, 40, 8);
+      for (const bool fp8 : {false, true}) {
+        fused.qkv_rope_append(tokens, 28, 4, fp8);
+        fused.qkv_rope_append(tokens, 40, 8, fp8);
+      }
+    }
+    for (const int64_t tokens : {32768, 1 << 20}) {
+      fused.widen_pages(tokens, 4);
+      fused.widen_pages(tokens, 8);
     }
     for (const int64_t batch : {1, 8, 64}) {
       fused.sample(batch, 0.0f, 0, 1.0f);

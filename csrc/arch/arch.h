@@ -326,9 +326,11 @@ Q1M_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4],
 
 // --- Arithmetic ------------------------------------------------------------------------------
 
-Q1M_DEVICE float exp2_approx(float x);                 // ex2.approx.ftz.f32: 2 ulp; 2^-inf = 0
-Q1M_DEVICE float log2_approx(float x);                 // lg2.approx.ftz.f32
-Q1M_DEVICE float reciprocal_approx(float x);           // rcp.approx.ftz.f32
+Q1M_DEVICE float exp2_approx(float x);        // ex2.approx.ftz.f32: 2 ulp; 2^-inf = 0
+Q1M_DEVICE float log2_approx(float x);        // lg2.approx.ftz.f32
+Q1M_DEVICE float reciprocal_approx(float x);  // rcp.approx.ftz.f32
+/// mul.rn.f32: an addition behind it is not fused into it, so that the bits are those of a CPU.
+Q1M_DEVICE float multiply(float a, float b);
 Q1M_DEVICE uint32_t pack_bf16(float low, float high);  // cvt.rn.bf16x2.f32
 Q1M_DEVICE float bf16_low(uint32_t pair);              // the lower half as fp32, exact
 Q1M_DEVICE float bf16_high(uint32_t pair);

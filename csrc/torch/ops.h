@@ -24,6 +24,8 @@ void qkv_rope_append(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
                      const Tensor& slot_mapping, const Tensor& rope_table, int64_t chunk_len,
                      const OptionalTensor& k_scale, const OptionalTensor& v_scale);
 
+void widen_pages(const Tensor& wide, const Tensor& codes, const Tensor& scale, const Tensor& pages);
+
 void prefill_attention(const Tensor& out, const OptionalTensor& lse, const Tensor& q,
                        const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table,
                        const Tensor& cu_q, const Tensor& kv_len, const Tensor& logit_scale,

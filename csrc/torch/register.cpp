@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(qwen1m, m) {
       "qkv_rope_append(Tensor(a!) q, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor qkv, "
       "Tensor? bias, Tensor positions, Tensor slot_mapping, Tensor rope_table, int chunk_len, "
       "Tensor? k_scale, Tensor? v_scale) -> ()");
+  m.def("widen_pages(Tensor(a!) wide, Tensor codes, Tensor scale, Tensor pages) -> ()");
   m.def(
       "prefill_attention(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k_cache, "
       "Tensor v_cache, Tensor block_table, Tensor cu_q, Tensor kv_len, Tensor logit_scale, "

@@ -50,6 +50,9 @@ STABLE_TORCH_LIBRARY_IMPL(qwen1m, CUDA, m) {
 #ifndef Q1M_CUDA_QKV_ROPE_APPEND
   Q1M_WITHOUT_CUDA(qkv_rope_append);
 #endif
+#ifndef Q1M_CUDA_WIDEN_PAGES
+  Q1M_WITHOUT_CUDA(widen_pages);
+#endif
 #ifndef Q1M_CUDA_SAMPLE
   Q1M_WITHOUT_CUDA(sample);
 #endif

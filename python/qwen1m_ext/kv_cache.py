@@ -23,9 +23,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from . import ops
 from .config import ModelConfig
 from .errors import MemoryBudgetError
-from .fp8 import FP8, widen
+from .fp8 import FP8
 from .ops import PAGE_SIZE
 
 
@@ -44,17 +45,6 @@ def cache_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens: int, max_se
 def widened_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens: int) -> int:
     """Bytes of the pages that a `KVCache` in fp8 widens a layer into."""
     return 2 * pages_for(max_tokens) * PAGE_SIZE * config.kv_size * dtype.itemsize
-
-
-_WIDEN_VALUES = 4 << 20
-"""Values that are widened at a time, so that what lies between stays small."""
-
-
-def _widen_pages(codes: Tensor, scale: Tensor) -> Tensor:
-    """Pages [n, kv_heads, 128, head_dim] of e4m3 in bf16, exactly; a NaN stays one."""
-    wide = widen(codes, scale[:, None, None])
-    wide.masked_fill_(codes.view(torch.int8).bitwise_and(0x7F) == 0x7F, torch.nan)
-    return wide
 
 
 class BlockAllocator:
@@ -230,6 +220,8 @@ class KVCache:
     def widened(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of a layer in the computing dtype, valid in these pages until the next call.
 
+        pages: int64, each once.
+
         Without fp8 nothing is copied: all pages of the layer.
         """
         if self._widened is None:
@@ -237,8 +229,7 @@ class KVCache:
         stored = self.layer(layer)
         for wide, codes, scale in zip(self._widened, stored, self.scales(layer), strict=True):
             assert scale is not None, "a cache in fp8 has scales"
-            for some in torch.split(pages, max(1, _WIDEN_VALUES // wide[0].numel())):
-                wide[some] = _widen_pages(codes[some], scale).to(wide.dtype)
+            ops.widen_pages(wide, codes, scale, pages)
         return self._widened
 
     def unrounded(self) -> KVCache:

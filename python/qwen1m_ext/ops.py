@@ -22,8 +22,8 @@ INFINITE_CHUNK = 1 << 62
 """chunk_size of plain RoPE (kInfiniteChunk)."""
 
 OP_NAMES = (
-    "embedding", "rms_norm", "swiglu", "qkv_rope_append", "prefill_attention", "decode_attention",
-    "sample", "sparse_estimate", "sparse_plan", "sparse_prefill",
+    "embedding", "rms_norm", "swiglu", "qkv_rope_append", "widen_pages", "prefill_attention",
+    "decode_attention", "sample", "sparse_estimate", "sparse_plan", "sparse_prefill",
 )  # fmt: skip
 
 SPARSE_STAGES = 3
@@ -113,6 +113,16 @@ def qkv_rope_append(
         q, k_cache, v_cache, qkv, bias, positions, slot_mapping, rope_table, chunk_len,
         k_scale, v_scale,
     )  # fmt: skip
+
+
+def widen_pages(wide: Tensor, codes: Tensor, scale: Tensor, pages: Tensor) -> None:
+    """`wide[pages] = codes[pages] * scale` per KV head: an fp8 cache as prefill reads it.
+
+    wide (bf16; fp32 on the CPU too), codes (float8_e4m3fn): [num_pages, kv_heads, 128, D]; scale:
+    [kv_heads] float32; pages: int64, each once. A page outside of the cache is refused on the CPU;
+    on a GPU it is not written.
+    """
+    _ops.widen_pages(wide, codes, scale, pages)
 
 
 def prefill_attention(

@@ -18,8 +18,8 @@ void for_each_probe(const Visit& visit) {
   const auto visit_all = [&](auto... tags) { (visit(tags), ...); };
   visit_all(Tag<IdentityProbe>{}, Tag<WidthsProbe>{}, Tag<ShuffleProbe>{}, Tag<MatrixCopyProbe>{},
             Tag<MmaProbe<false>>{}, Tag<MmaProbe<true>>{}, Tag<F16Probe>{}, Tag<E4m3Probe>{},
-            Tag<PackProbe>{}, Tag<ApproximationProbe>{}, Tag<NamedBarrierProbe>{},
-            Tag<RegisterProbe>{});
+            Tag<MultiplyProbe>{}, Tag<PackProbe>{}, Tag<ApproximationProbe>{},
+            Tag<NamedBarrierProbe>{}, Tag<RegisterProbe>{});
   visit_all(Tag<MbarrierProbe>{}, Tag<TmaLoadProbe>{}, Tag<TmaStoreProbe>{}, Tag<BulkProbe>{},
             Tag<CpAsyncProbe>{});
   visit_all(

@@ -356,6 +356,35 @@ struct E4m3Probe {
   }
 };
 
+/// mul.rn.f32 and an addition behind it: two roundings.
+struct MultiplyProbe {
+  static constexpr const char* kName = "multiply";
+  static constexpr int kThreads = 32;
+  static constexpr int kBlocks = 1;
+  static constexpr int kCluster = 1;
+  struct Layout {
+    uint32_t word;
+  };
+
+  static Q1M_DEVICE void run(const Params& p) {
+    const int t = thread_index();
+    const auto* in = reinterpret_cast<const float*>(p.in);
+    const float x = global_load(in + 2 * t), y = global_load(in + 2 * t + 1);
+    global_store(reinterpret_cast<float*>(p.out) + t, multiply(x, x) - y);
+  }
+
+  static std::vector<Case> cases() {
+    Case test;
+    for (uint32_t t = 0; t < 32; ++t) {
+      // (1 + 2^-12)^2 2^2t - (1 + 2^-11) 2^2t: what is left, 2^-24, is lost unless it is fused.
+      test.in.push_back(0x3f800800 + (t << 23));
+      test.in.push_back(0x3f801000 + (t << 24));
+      test.expected.push_back(0);
+    }
+    return {test};
+  }
+};
+
 /// cvt.rn.bf16x2: ties to even, overflow, NaN; and back.
 struct PackProbe {
   static constexpr const char* kName = "pack_bf16, bf16_low, bf16_high";

@@ -15,6 +15,7 @@
 #include "ops/sparse_prefill/sparse_prefill_sm80.cuh"
 #include "ops/sparse_prefill/sparse_prefill_sm90.cuh"
 #include "ops/swiglu/swiglu_kernel.cuh"
+#include "ops/widen_pages/widen_pages_kernel.cuh"
 
 using namespace qwen1m;
 
@@ -38,6 +39,7 @@ static_assert(fits<RmsNormKernel, 128, 16, kSm80>(), "rms_norm_kernel");
 static_assert(fits<SampleKernel<float>, 264, 1, kSm80>(), "sample_kernel_fp32");
 static_assert(fits<SampleKernel<bf16>, 264, 1, kSm80>(), "sample_kernel_bf16");
 static_assert(fits<SwigluKernel, 1, 8, kSm80>(), "swiglu_kernel");
+static_assert(fits<WidenPagesKernel, 1, 16, kSm80>(), "widen_pages_kernel");
 static_assert(fits<DecodeAttentionSm90<128, 1>, 103424, 2, kSm90>(),
               "decode_attention_sm90_d128_r16");
 static_assert(fits<DecodeAttentionSm90<128, 2>, 107520, 2, kSm90>(),

@@ -114,6 +114,10 @@ Q1M_PROBE(log2_approx) {
 Q1M_PROBE(reciprocal_approx) {
   arch::global_store(p.floats, arch::reciprocal_approx(static_cast<float>(p.number)));
 }
+Q1M_PROBE(multiply) {
+  const auto x = static_cast<float>(p.number);
+  arch::global_store(p.floats, arch::multiply(x, arch::as_float(p.parity)) + x);
+}
 Q1M_PROBE(pack_bf16) {
   arch::global_store(p.words, arch::pack_bf16(static_cast<float>(p.number), 1.0F));
 }

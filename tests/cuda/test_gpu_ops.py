@@ -161,6 +161,7 @@ FUSED = {
     "rms_norm": (("out", "residual"), "x"),
     "swiglu": (("out",), "gate_up"),
     "qkv_rope_append": (("q", "k_cache", "v_cache"), "qkv"),
+    "widen_pages": (("wide",), "scale"),
     "sample": (("token_ids", "logprobs", "history"), "logits"),
 }
 

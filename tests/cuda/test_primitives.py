@@ -50,6 +50,7 @@ SM80 = {
     "exp2_approx": {"MUFU.EX2": 1, "FMUL": 0},
     "log2_approx": {"MUFU.LG2": 1, "FMUL": 0},
     "reciprocal_approx": {"MUFU.RCP": 1, "FMUL": 0},
+    "multiply": {"FMUL": 1, "FADD": 1, "FFMA": 0},
     "pack_bf16": {"F2FP.BF16": 1},
     "bf16_low_high": {"FADD": 1},
     "before_clusters": {"STG.E": 1},

@@ -105,6 +105,18 @@ MUTANTS = (
     _fp8("pairs in the wrong order", "pairs[0] | pairs[1] << 16", "pairs[1] | pairs[0] << 16", NUMBERS),
     _fp8("vectors twice as wide", "reinterpret_cast<uint64_t*>(head) + in_head",
          "reinterpret_cast<uint64_t*>(head) + 2 * in_head", NUMBERS, "global-race", "global-bounds"),
+    # --- widen_pages ---------------------------------------------------------------------------
+    _mutant("widen_pages", "a NaN becomes 480", "magnitude == 0x7f ? arch::as_float(0x7fc00000) : small", "small", NUMBERS),
+    _mutant("widen_pages", "signs are lost", "(code & 0x80) << 24 | ", "", NUMBERS),
+    _mutant("widen_pages", "the scale of the first head for all", "args.scale.at(head)", "args.scale.at(0)", NUMBERS),
+    _mutant("widen_pages", "the last piece of a page is missing", "(vectors + kPiece - 1) / kPiece)", "vectors / kPiece)",
+            NUMBERS, case="head_dim_80"),
+    _mutant("widen_pages", "no end of a page", "      if (at < p.vectors) arch::global_store", "      arch::global_store",
+            NUMBERS, "global-race", "global-bounds"),
+    _mutant("widen_pages", "a page that is not there", "    if (page < 0 || page >= args.codes.size(0)) return;\n", "",
+            "global-bounds", test="test_a_page_outside_of_the_cache", case=None),
+    _mutant("widen_pages", "the n-th page instead of the page of that number", "wide.as<bf16>().at(page, head)",
+            "wide.as<bf16>().at(row / heads, head)", NUMBERS),
     # --- sample --------------------------------------------------------------------------------
     _mutant("sample", "no barrier before partial results are read",
             "      arch::block_sync();\n      return arch::lane_index() < kWarps",

@@ -28,7 +28,8 @@ SECONDS = 900  # a stage that takes longer has failed
 
 FUSED_TESTS = [
     "tests/ops/test_embedding.py", "tests/ops/test_rms_norm.py", "tests/ops/test_swiglu.py",
-    "tests/ops/test_qkv_rope_append.py", "tests/ops/test_sample.py",
+    "tests/ops/test_qkv_rope_append.py", "tests/ops/test_widen_pages.py",
+    "tests/ops/test_sample.py",
 ]  # fmt: skip
 OP_TESTS = [
     "tests/ops/test_prefill_attention.py", "tests/ops/test_decode_attention.py",

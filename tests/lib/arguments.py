@@ -52,6 +52,16 @@ def _qkv_rope_append() -> dict[str, Any]:
     )
 
 
+def _widen_pages() -> dict[str, Any]:
+    """Pages 3 and 1 of 4, 2 KV heads, D = 16."""
+    return dict(
+        wide=torch.zeros(4, 2, PAGE_SIZE, 16),
+        codes=tensor(1, 4, 2, PAGE_SIZE, 16).to(torch.float8_e4m3fn),
+        scale=torch.tensor([0.25, 2.0]),
+        pages=torch.tensor([3, 1]),
+    )
+
+
 def _attention() -> dict[str, Any]:
     """What both attentions take: 2 sequences of 130 and 7 tokens in 4 pages, chunks of 40."""
     return dict(
@@ -209,6 +219,7 @@ _ALL = {
     "sparse_estimate": _sparse_estimate,
     "sparse_plan": _sparse_plan,
     "sparse_prefill": _sparse_prefill,
+    "widen_pages": _widen_pages,
 }
 
 
@@ -230,6 +241,8 @@ def good_arguments(op: str, device: str = "cpu") -> dict[str, Any]:
             name: value.bfloat16() if _is_float(value) and name != "rope_table" else value
             for name, value in arguments.items()
         }
+    if on_gpu and op == "widen_pages":
+        arguments["wide"] = arguments["wide"].bfloat16()
     where = torch_device(device)
     arguments = {
         name: value.to(where) if isinstance(value, Tensor) else value

@@ -31,6 +31,7 @@ OPS = {
     "sparse_plan": ["emu_sm80"],
     "sparse_prefill": ["emu_sm90", "emu_sm80"],
     "swiglu": ["emu_sm80"],
+    "widen_pages": ["emu_sm80"],
 }
 """Operators with kernels that can be emulated; an sm_80 kernel alone serves sm_90 too."""
 EMULATED_SMS = 6

@@ -93,6 +93,7 @@ DEMANDS: dict[str, Callable[[Case, Any], str | None]] = {
     "sparse_plan": lambda _, __: None,
     "sparse_prefill": _sparse_prefill,
     "swiglu": _swiglu,
+    "widen_pages": lambda inputs, _: _multiple("heads", inputs.get("head_dim", 0), 8),
 }
 """What a kernel has instead of a case's shape, if it cannot take that."""
 

@@ -61,14 +61,21 @@ def run(arguments: dict[str, Any], device: str = "cpu") -> tuple[Tensor, Tensor,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", cases("qkv_rope_append"))
 def test_matches_definition(case: Case, dtype: str, device: str) -> None:
-    """Page and chunk edges, GQA ratios, skipped slots; rows nobody asked for stay NaN."""
+    """Page and chunk edges, GQA ratios, skipped slots; rows nobody asked for stay NaN.
+
+    On a GPU the bits are those of the CPU.
+    """
     arguments = arguments_of(case, DTYPES[dtype])
     inputs = {name: value for name, value in arguments.items() if name != "q"}
     expected = reference(case["q_heads"], **inputs)
-    for name, actual, value in zip(
-        ("q", "k_cache", "v_cache"), run(arguments, device), expected, strict=True
-    ):
-        assert_close(actual, value, f"qkv_rope_append/{dtype}", name)
+    names = ("q", "k_cache", "v_cache")
+    actual = run(arguments, device)
+    for name, got, value in zip(names, actual, expected, strict=True):
+        assert_close(got, value, f"qkv_rope_append/{dtype}", name)
+    if device != "cpu":
+        on_cpu = run(arguments_of(case, DTYPES[dtype]))
+        for name, got, value in zip(names, actual, on_cpu, strict=True):
+            assert_same_bits(got.cpu().nan_to_num(), value.nan_to_num(), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -226,11 +233,7 @@ def test_refuses(change: dict, text: tuple[str, ...], device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", ["chunk_border", "strided_rows", "gqa_7", "skipped_slots"])
 def test_fp8_cache_holds_the_rounded_values(name: str, dtype: torch.dtype, device: str) -> None:
-    """Bit for bit e4m3 of the fp32 value over the head's scale, beyond 448 too; q as ever.
-
-    A GPU may fuse the two products of a rotation; then a key that lies between two codes, to the
-    last bits of fp32, may become either.
-    """
+    """Bit for bit e4m3 of the fp32 value over the head's scale, beyond 448 too; q as ever."""
     arguments = arguments_of(case("qkv_rope_append", name), dtype)
     expected_q = run(arguments, device)[0].cpu()
     wide = {x: arguments[x].float() for x in ("q", "k_cache", "v_cache", "qkv", "bias")}
@@ -246,21 +249,12 @@ def test_fp8_cache_holds_the_rounded_values(name: str, dtype: torch.dtype, devic
     )  # fmt: skip
     q, k_cache, v_cache = (x.cpu() for x in run(arguments, device))
     assert_same_bits(q, expected_q, "q")
-    for cache, fp32, scale, slack in (
-        (k_cache, keys, k_scale, 0 if device == "cpu" else keys.nan_to_num().abs().max() * 2**-22),
-        (v_cache, values, v_scale, 0),
-    ):
-        least, expected, most = (
-            quantise(fp32 + x, scale[:, None, None]) for x in (-slack, 0, slack)
-        )
+    for cache, fp32, scale in ((k_cache, keys, k_scale), (v_cache, values, v_scale)):
+        expected = quantise(fp32, scale[:, None, None])
         written = ~fp32.isnan()
         assert written.any() and (expected[written].float().abs() == 448).any()
-        codes, same = cache.view(torch.uint8), expected.view(torch.uint8)
-        between = (least.float() <= cache.float()) & (cache.float() <= most.float())
-        clear = written & (least.view(torch.uint8) == most.view(torch.uint8))
-        assert torch.equal(codes[clear], same[clear]) and between[written].all()
-        assert clear.sum() > 0.999 * written.sum()
-        assert (codes[~written] == 0x7F).all()
+        assert torch.equal(cache.view(torch.uint8)[written], expected.view(torch.uint8)[written])
+        assert (cache.view(torch.uint8)[~written] == 0x7F).all()
 
 
 @pytest.mark.parametrize(

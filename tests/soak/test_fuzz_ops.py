@@ -61,6 +61,9 @@ def good_arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
         }
     cache = torch.randn(PAGES, KV_HEADS, 128, HEAD_DIM, dtype=dtype)
     q = torch.randn(TOKENS, Q_HEADS, HEAD_DIM, dtype=dtype)
+    if op == "widen_pages":
+        codes, scale = cache.to(torch.float8_e4m3fn), torch.ones(KV_HEADS)
+        return {"wide": cache, "codes": codes, "scale": scale, "pages": integers([3, 1])}
     shared = {"k_cache": cache, "v_cache": cache.clone()}
     table = {"rope_table": torch.randn(ROWS, HEAD_DIM // 2, 2)}
     if op == "qkv_rope_append":

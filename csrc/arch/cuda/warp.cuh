@@ -139,6 +139,7 @@ Q1M_DEVICE float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+Q1M_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 Q1M_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));

@@ -249,6 +249,7 @@ Q1M_DEVICE void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const ui
 Q1M_DEVICE float exp2_approx(float x) { return emu::exp2_approx(x); }
 Q1M_DEVICE float log2_approx(float x) { return emu::log2_approx(x); }
 Q1M_DEVICE float reciprocal_approx(float x) { return emu::reciprocal_approx(x); }
+Q1M_DEVICE float multiply(float a, float b) { return a * b; }
 Q1M_DEVICE uint32_t pack_f16(float low, float high) {
   return emu::float_to_f16(low) | static_cast<uint32_t>(emu::float_to_f16(high)) << 16;
 }

@@ -1,8 +1,9 @@
 #pragma once
 /// qkv_rope_append on sm_80 and later, bf16, into a cache in bf16 or e4m3. A thread owns a few
 /// columns, a vector of q or v or the two vectors of a key that rotate into each other, for kTokens
-/// tokens: it reads its bias and its head's scale once. A block is a piece of the columns. Compiled
-/// and emulated, not yet run on a GPU.
+/// tokens: it reads its bias and its head's scale once. A block is a piece of the columns. Every
+/// operation is rounded as on the CPU, and so are the codes of an fp8 cache. Compiled and emulated,
+/// not yet run on a GPU.
 
 #include "arch/arch.h"
 #include "common/vectors.h"
@@ -156,8 +157,8 @@ struct QkvRopeAppendKernel {
       for (int e = 0; e < kVectorElems; ++e) {
         const float c = arch::as_float(cos_sin[e / 2].word[e % 2 * 2]);
         const float s = arch::as_float(cos_sin[e / 2].word[e % 2 * 2 + 1]);
-        const float rotated = a[e] * c - b[e] * s;
-        b[e] = b[e] * c + a[e] * s;
+        const float rotated = arch::multiply(a[e], c) - arch::multiply(b[e], s);
+        b[e] = arch::multiply(b[e], c) + arch::multiply(a[e], s);
         a[e] = rotated;
       }
       Cache* to = p.args.k_cache.as<Cache>().at(int64_t{0}, head) + row;
