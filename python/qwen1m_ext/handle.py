@@ -71,18 +71,15 @@ class RequestHandle:
         """
         state = _OutputState(self)
         for event in self.events():
-            if isinstance(event, PromptScored):
-                state.output.prompt_logprobs = event.logprobs
-            elif isinstance(event, OutputDelta):
-                yield state.add(event)
-            elif isinstance(event, Finished) and event.error is not None:
-                raise event.error
+            if state.take(event):
+                yield state.snapshot()
 
     def result(self) -> RequestOutput:
         """The finished request. Raises whatever made it fail."""
-        for output in self.outputs():
-            last = output
-        return last
+        state = _OutputState(self)
+        for event in self.events():
+            state.take(event)
+        return state.snapshot()
 
 
 class _OutputState:
@@ -96,9 +93,20 @@ class _OutputState:
         self.output = RequestOutput(
             handle.request_id, handle.prompt, handle.prompt_token_ids, samples
         )
+        self._unfinished = len(samples)
 
-    def add(self, delta: OutputDelta) -> RequestOutput:
-        """Take in a delta; returns a copy that later ones do not change."""
+    def take(self, event: Event) -> bool:
+        """Take in an event; whether it is a token. Raises whatever made the request fail."""
+        if isinstance(event, PromptScored):
+            self.output.prompt_logprobs = event.logprobs
+        elif isinstance(event, Finished) and event.error is not None:
+            raise event.error
+        elif isinstance(event, OutputDelta):
+            self._add(event)
+            return True
+        return False
+
+    def _add(self, delta: OutputDelta) -> None:
         sample = self.output.outputs[delta.index]
         sample.token_ids += delta.token_ids
         sample.text += delta.text
@@ -110,10 +118,11 @@ class _OutputState:
             )
         sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
         self.output.metrics = delta.metrics
-        self.output.finished = all(s.finish_reason is not None for s in self.output.outputs)
-        return self._snapshot()
+        self._unfinished -= delta.finish_reason is not None
+        self.output.finished = self._unfinished == 0
 
-    def _snapshot(self) -> RequestOutput:
+    def snapshot(self) -> RequestOutput:
+        """A copy that later events do not change."""
         shot = copy(self.output)
         shot.metrics = RequestMetrics(**vars(self.output.metrics))
         shot.outputs = []

@@ -7,6 +7,8 @@ order gives way: its pages go back, labelled, and it waits again with all its to
 
 from __future__ import annotations
 
+from bisect import insort
+from collections import Counter
 from collections.abc import Callable
 
 from .errors import MemoryBudgetError, RequestError
@@ -32,12 +34,29 @@ class Residency:
     ) -> None:
         """As `Scheduler`."""
         self.cache, self.prefixes = cache, prefixes
-        self.waiting: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # in order of service
         self.running: list[Sequence] = []
         self.released: list[Sequence] = []  # for the caller to take
         self.preemptions = self.discarded = 0
         self._temperature_at, self._max_num_seqs = temperature_at, max_num_seqs
         self._overtaken = 0
+
+    def wait(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        insort(self.waiting, sequence, key=lambda s: s.key)
+
+    def startable(self) -> list[Sequence]:
+        """Waiting sequences that can be admitted as far as their number goes, in order."""
+        room = self._max_num_seqs - len(self.running)
+        if room < 1:
+            return []
+        samples: Counter[Request] = Counter()  # more than fit are not looked at, step by step
+        result = []
+        for sequence in self.waiting:
+            if samples[sequence.request] < room and self.may_start(sequence):
+                samples[sequence.request] += 1
+                result.append(sequence)
+        return result
 
     def cancel(self, request: Request) -> None:
         """Stop a request that is marked as stopped; what it computed stays cached."""
@@ -71,9 +90,11 @@ class Residency:
     def admit(self, sequence: Sequence) -> bool:
         """Open a waiting sequence with what is cached of it, if its prompt finds room."""
         request = sequence.request
+        if len(self.running) >= self._max_num_seqs:
+            return False
         if not self.may_start(sequence):  # no longer: stopped, or its session has become busy
             return False
-        head = min((s for s in self.waiting if self.may_start(s)), key=lambda s: s.key)
+        head = next(s for s in self.waiting if self.may_start(s))
         if self._overtaken >= MAX_OVERTAKEN and sequence is not head:
             return False
         session = request.session if sequence.is_leader else None
@@ -81,9 +102,7 @@ class Residency:
             request.fail(RequestError("session: expected an open one, got a closed one"))
             self.cancel(request)
             return False
-        if len(self.running) >= self._max_num_seqs or (
-            session is None and not self.cache.free_rows
-        ):
+        if session is None and not self.cache.free_rows:
             return self._blocked(sequence)
         self._prepare_keys(sequence)
         pages, forked = self._reusable(sequence)
@@ -220,7 +239,7 @@ class Residency:
             sequence.preemptions += 1
             sequence.preempting = False
             sequence.total = len(sequence.tokens)
-            self.waiting.append(sequence)
+            self.wait(sequence)
         else:
             self._released(sequence)
 

@@ -61,7 +61,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue the samples of a request."""
-        self.residency.waiting += request.samples
+        for sequence in request.samples:
+            self.residency.wait(sequence)
 
     def retire(self, step: Step, done: frozenset[Sequence], seconds: float | None) -> None:
         """A step has left the runner.
@@ -101,7 +102,7 @@ class Scheduler:
     def _prefills(self, pieces: list[Piece]) -> None:
         """Add prefill pieces: short prompts up to their share, the oldest, then the others."""
         candidates = [s for s in self.residency.running if not s.decoding and not s.stopping]
-        candidates += [s for s in self.residency.waiting if self.residency.may_start(s)]
+        candidates += self.residency.startable()
         if not candidates:
             return
         candidates.sort(key=lambda s: s.key)
@@ -123,7 +124,8 @@ class Scheduler:
         used, spent = self._fill([oldest], rows, seconds, pieces, floor=True)
         self._owed = bool(short) and len(pieces) == first and oldest.request.policy.sparse
         rows, seconds = rows - used, seconds - spent
-        self._fill([s for s in others if s not in _in(pieces)], rows, seconds, pieces)
+        planned = _in(pieces)
+        self._fill([s for s in others if s not in planned], rows, seconds, pieces)
 
     def _cap(self, pieces: list[Piece]) -> float:
         """Seconds that prefill may add to a step with these decodes."""

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from lib.fake_runner import World, continuation, temperature
 from qwen1m_ext.config import load_config
 from qwen1m_ext.errors import MemoryBudgetError, RequestError
+from qwen1m_ext.residency import Residency
 from qwen1m_ext.scheduler import MIN_CHUNK_TOKENS, Limits
-from qwen1m_ext.sequence import AttentionPolicy, Request
+from qwen1m_ext.sequence import AttentionPolicy, Request, Sequence
 from qwen1m_ext.sessions import Session
 
 
@@ -376,3 +377,25 @@ def test_a_memory_hog_is_not_overtaken_for_ever(make) -> None:
         if hog.prefilled:
             break
     assert hog.prefilled
+
+
+def test_many_samples_cost_each_the_same(make, monkeypatch) -> None:
+    """Those that wait are not all looked at again and again: work grows with n, not its square."""
+    looks = 0
+    may_start = Residency.may_start
+
+    def counted(self: Residency, sequence: Sequence) -> bool:
+        nonlocal looks
+        looks += 1
+        return may_start(self, sequence)
+
+    monkeypatch.setattr(Residency, "may_start", counted)
+    per_sample = []
+    for n in (100, 800):
+        world, looks = make(pages=32), 0
+        request = world.submit(text(40), max_tokens=3, n=n)
+        world.run()
+        check_outputs(world, request)
+        check_pages(world)
+        per_sample.append(looks / n)
+    assert per_sample[1] < 2 * per_sample[0] < 100

@@ -277,6 +277,7 @@ def test_too_long_is_refused_with_both_numbers(client):
         ({"temperature": -1}, ["temperature", "-1"]),
         ({"top_p": 0}, ["top_p"]),
         ({"n": 0}, ["n", "0"]),
+        ({"n": 4000}, ["n", "128", "4000"]),
         ({"max_tokens": 0}, ["max_tokens", "0"]),
         ({"stop": ["a", ""]}, ["stop"]),
         ({"logit_bias": {"x": 1}}, ["logit_bias", "'x'"]),
@@ -299,6 +300,11 @@ def test_a_bad_request_names_what_is_wrong(client, change, words):
     assert caught.value.body["type"] in ("invalid_request_error", "not_found_error")
     for word in words:
         assert word in caught.value.body["message"], caught.value.body
+
+
+def test_too_many_samples_of_many_prompts(client):
+    with pytest.raises(openai.BadRequestError, match="n: .*1024.* 100 prompts times 11"):
+        client.completions.create(model=MODEL, prompt=["x"] * 100, n=11)
 
 
 def test_another_model_and_another_path(client):

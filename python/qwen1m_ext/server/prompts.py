@@ -10,7 +10,7 @@ from ..grammar import ANY_OBJECT
 from ..request import SamplingParams
 from ..tokenizer import Message, Tokenizer
 from .errors import ApiError
-from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, Tool
+from .schemas import MAX_PROMPTS, ChatBody, ChatMessage, CompletionBody, GenerationBody, Tool
 from .tools import template_messages, template_tools
 
 _PLAIN = (
@@ -78,6 +78,13 @@ def completion_prompts(tokenizer: Tokenizer, body: CompletionBody) -> list[Promp
             ids.append(entry)
     if not prompts:  # one prompt of token ids
         prompts.append(Prompt(None, ids))
+    if len(prompts) * body.n > MAX_PROMPTS:
+        raise ApiError(
+            400,
+            f"n: expected at most {MAX_PROMPTS} samples of all prompts together, "
+            f"got {len(prompts)} prompts times {body.n}",
+            param="n",
+        )
     for field in ("session", "pin"):
         if getattr(body, field) and len(prompts) > 1:
             raise ApiError(400, f"{field}: expected a single prompt, got several", param=field)
