@@ -215,6 +215,8 @@ struct AmxKernel {
             .pack_queries = pack_queries,
             .pack_page = pack_page,
             .attend = attend,
+            .score = nullptr,
+            .weigh = nullptr,
             .sum = EstimateKernel<AmxKernel, N>::sum,
             .spread = EstimateKernel<AmxKernel, N>::spread,
             .begin = Tiles::configure,

@@ -30,8 +30,8 @@ struct PageTile {
   int64_t k_row_words = 0;
   int64_t begin = 0;  // token of the page's row 0
   int lo = 0, hi = 0;
-  // Hints, fetched towards the L2 cache meanwhile: the page to come, null if none; bytes of its k
-  // or v, 0 if there is nothing to fetch.
+  // Hints, fetched towards the L2 cache while keys (next_k) and values (next_v) are read: what
+  // comes after them, null if nothing, page_bytes each; 0 if there is nothing to fetch.
   const char *next_k = nullptr, *next_v = nullptr;
   int64_t page_bytes = 0;
 };
@@ -93,6 +93,12 @@ struct BlockKernel {
   /// products <q, k> into log2 units.
   void (*attend)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale,
                  float* scores);
+
+  /// The two halves of `attend`, for callers that read the keys of several pages before their
+  /// values; null in prefill kernels. `weigh` takes the scores that `score` left.
+  void (*score)(const LaneBlock&, const PageTile&, int64_t head_dim, float* scores);
+  void (*weigh)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale,
+                float* scores);
 
   /// The sparse estimate (sparse_estimate.h), in two walks; null in decode kernels. `sum`: the part
   /// of a step that updates m and l. `spread`: with m and 1 / l of all keys in the block's m and l,

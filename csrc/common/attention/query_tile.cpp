@@ -162,7 +162,7 @@ void TileWalker::attend(PageTile page) {
   }
 }
 
-void TileWalker::visit(const PageKeys& keys) {
+PageTile TileWalker::pack(const PageKeys& keys) {
   const int64_t dim = context_.head_dim;
   PageTile page =
       kernel_->pack_page(widened(page_rows(context_.k_cache, keys.page), keys.lo, keys.hi, k_page_),
@@ -174,7 +174,38 @@ void TileWalker::visit(const PageKeys& keys) {
     page.next_k = page_rows(context_.k_cache, keys.next_page);
     page.next_v = page_rows(context_.v_cache, keys.next_page);
   }
-  attend(page);
+  return page;
+}
+
+void TileWalker::visit(const PageKeys& keys) { attend(pack(keys)); }
+
+void TileWalker::visit(std::span<TileWalker> walkers, const PageKeys& keys) {
+  const TileWalker& front = walkers.front();
+  if (!front.reads_in_place()) {
+    for (TileWalker& walker : walkers) walker.visit(keys);
+    return;
+  }
+  // All keys, then all values; fetched meanwhile: what is read next.
+  for (TileWalker& walker : walkers) walker.page_ = walker.pack(keys);
+  const char* const following_k = front.page_.next_k;
+  for (size_t i = 0; i < walkers.size(); ++i) {
+    const bool last = i + 1 == walkers.size();
+    PageTile& page = walkers[i].page_;
+    page.next_k = static_cast<const char*>(last ? front.page_.v : walkers[i + 1].page_.k);
+    page.next_v = last ? following_k : static_cast<const char*>(walkers[i + 1].page_.v);
+  }
+  for (TileWalker& walker : walkers) {
+    walker.kernel_->score(walker.block(0), walker.page_, walker.context_.head_dim, walker.scores_);
+  }
+  for (TileWalker& walker : walkers) {
+    walker.kernel_->weigh(walker.block(0), walker.page_, walker.context_.head_dim,
+                          walker.tile_.logit_scale * kLog2E, walker.scores_);
+  }
+}
+
+bool TileWalker::reads_in_place() const {
+  return kernel_->score != nullptr && num_blocks_ == 1 && context_.cache_dtype == context_.dtype &&
+         kernel_->k_pack_floats(context_.head_dim) == 0;
 }
 
 void TileWalker::visit_gathered(const void* k, const void* v, int count) {
@@ -194,11 +225,12 @@ PageTile TileWalker::pack_keys(const PageKeys& keys) {
   return page;
 }
 
-void TileWalker::walk(const QueryTile& tile, int64_t key_begin, int64_t key_end,
-                      int64_t fetch_end) {
-  const DualChunk& chunks = context_.dual_chunk;
+void TileWalker::walk(std::span<TileWalker> walkers, std::span<const QueryTile> tiles,
+                      int64_t key_begin, int64_t key_end, int64_t fetch_end) {
+  const QueryTile& tile = tiles.front();  // all are of its tokens
+  const DualChunk& chunks = walkers.front().context_.dual_chunk;
   fetch_end = std::min(fetch_end, tile.last_token() + 1);
-  begin(tile);
+  for (size_t i = 0; i < tiles.size(); ++i) walkers[i].begin(tiles[i]);
   const int64_t intra = chunks.intra_begin(tile.first_token);
   const int64_t successive = chunks.successive_begin(tile.first_token);
   const int64_t borders[] = {0, successive, intra, tile.last_token() + 1};
@@ -206,16 +238,17 @@ void TileWalker::walk(const QueryTile& tile, int64_t key_begin, int64_t key_end,
     const int64_t first = std::max(borders[stage], key_begin);
     const int64_t last = std::min(borders[stage + 1], key_end);
     if (first >= last) continue;
-    enter(static_cast<Stage>(stage));
+    for (size_t i = 0; i < tiles.size(); ++i) walkers[i].enter(static_cast<Stage>(stage));
     for (int64_t page = first / kPageSize; page * kPageSize < last; ++page) {
       const int64_t page_begin = page * kPageSize, page_end = page_begin + kPageSize;
-      visit({.page = page,
+      visit(walkers.first(tiles.size()),
+            {.page = page,
              .lo = static_cast<int>(std::max(first - page_begin, int64_t{0})),
              .hi = static_cast<int>(std::min(last - page_begin, kPageSize)),
              .next_page = page_end < fetch_end ? page + 1 : -1});
     }
   }
-  end();
+  for (size_t i = 0; i < tiles.size(); ++i) walkers[i].end();
 }
 
 AttentionRow TileWalker::row(int64_t index) const {

@@ -92,7 +92,14 @@ class TileWalker {
   /// Attends `tile` to its visible keys in [key_begin, key_end), starting from nothing.
   /// Keys are visited in ascending order: inter, successive, intra (dual_chunk.h). A hint: this
   /// walker goes on with the same tile up to key fetch_end.
-  void walk(const QueryTile& tile, int64_t key_begin, int64_t key_end, int64_t fetch_end);
+  void walk(const QueryTile& tile, int64_t key_begin, int64_t key_end, int64_t fetch_end) {
+    walk({this, 1}, {&tile, 1}, key_begin, key_end, fetch_end);
+  }
+
+  /// The same for tiles of the same tokens in neighbouring KV heads, a walker each. The keys of all
+  /// heads of a page lie side by side, and so do the values: memory is read in long stretches.
+  static void walk(std::span<TileWalker> walkers, std::span<const QueryTile> tiles,
+                   int64_t key_begin, int64_t key_end, int64_t fetch_end);
 
   /// The same walk in steps, for a caller that chooses the keys: begin, then for each stage enter
   /// and visits, then end. Nothing else runs on this thread between begin and end.
@@ -115,6 +122,10 @@ class TileWalker {
   const char* page_rows(const void* cache, int64_t page) const;
 
  private:
+  PageTile pack(const PageKeys&);
+  static void visit(std::span<TileWalker> walkers, const PageKeys&);
+  /// Whether a step can be cut in halves: one block, nothing converted.
+  bool reads_in_place() const;
   /// The queries of the stage go to the blocks; those that are there already stay.
   void rotate_queries(const QueryTile&, Stage);
   void attend(PageTile);
@@ -134,6 +145,7 @@ class TileWalker {
   QueryTile tile_;                                          // at hand
   std::optional<std::pair<QueryTile, Stage>> rotated_for_;  // whose queries the blocks hold
   int64_t num_rows_ = 0, num_blocks_ = 0;                   // of the tile at hand
+  PageTile page_;                                           // between its keys and its values
   float *rotated_, *k_pack_, *v_pack_, *scores_;
   float *k_page_ = nullptr, *v_page_ = nullptr;  // [128, D] of an fp8 cache, widened
   alignas(64) std::byte saved_[kSavedStateBytes];

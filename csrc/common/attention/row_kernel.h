@@ -62,35 +62,46 @@ struct RowKernel {
 
   static void attend(const LaneBlock& block, const PageTile& page, int64_t head_dim,
                      float log2_scale, float* scores) {
+    score(block, page, head_dim, scores);
+    weigh(block, page, head_dim, log2_scale, scores);
+  }
+
+  static void score(const LaneBlock& block, const PageTile& page, int64_t /*head_dim*/,
+                    float* scores) {
     const LaneBlock::Keys keys = block.keys(page, kKeys);
     if (keys.hi <= page.lo) return;
     const int first = keys.first, last = keys.last;
-    // Two fetches of the same bytes: the next page towards L2, and what comes a few keys later into
-    // L1, where it also repairs what the first has dropped.
-    Prefetch next_page(page.next_k, page.page_bytes, page.next_v);
+    // Two fetches of the same bytes: the page to come towards L2, as many bytes at a time as are
+    // read here, and what comes a few keys later into L1, where it also repairs what the first has
+    // dropped.
+    Prefetch next_keys(page.next_k, page.page_bytes);
     const auto key_row = [&](int key) {
       return static_cast<const char*>(page.k) + key * page.k_row_words * 4;
     };
     for (int key = first; key < last; key += kKeys) {
-      score_keys(key_row(key), page.k_row_words, block.q, scores + key * kLanes, next_page,
+      score_keys(key_row(key), page.k_row_words, block.q, scores + key * kLanes, next_keys,
                  key_row(std::min(key + kKeysAhead, last - kKeys)));
     }
-
-    alignas(64) float rescale[kLanes];
     if (keys.some_masked) mask_scores<kLanes>(block, page, keys, 0, scores);
-    softmax(block, first, last, log2_scale, scores, rescale);
+  }
 
-    kAccumulate[block.rows - 1](block, page, keys.hi, head_dim, scores, rescale, next_page);
+  static void weigh(const LaneBlock& block, const PageTile& page, int64_t head_dim,
+                    float log2_scale, float* scores) {
+    const LaneBlock::Keys keys = block.keys(page, kKeys);
+    if (keys.hi <= page.lo) return;
+    alignas(64) float rescale[kLanes];
+    softmax(block, keys.first, keys.last, log2_scale, scores, rescale);
+    Prefetch next_values(page.next_v, page.page_bytes);
+    kAccumulate[block.rows - 1](block, page, keys.hi, head_dim, scores, rescale, next_values);
   }
 
   /// scores[key][lane] of 8 keys; `ahead` is fetched meanwhile, 8 keys too.
   static Q1M_SIMD void score_keys(const char* keys, int64_t row_words, const float* q,
-                                  float* scores, Prefetch& next_page, const char* ahead) {
+                                  float* scores, Prefetch& next_keys, const char* ahead) {
     F c[kKeys][J] = {};
     for (int64_t w = 0; w < row_words; w += 4, q += 16 * J) {
-      next_page.next_line();
-      next_page.next_line();
-      if constexpr (J == 1) next_page.next_line();  // as much per cycle: there is less to compute
+      next_keys.next_line();
+      next_keys.next_line();
       __builtin_prefetch(ahead);
       __builtin_prefetch(ahead + 64);
       ahead += 128;
@@ -217,14 +228,14 @@ struct RowKernel {
   template <int kRows, int kVectors>
   static void accumulate_columns(const LaneBlock& block, const PageTile& page, int hi,
                                  int64_t head_dim, const float* probabilities, const float* rescale,
-                                 Prefetch& next_page) {
+                                 Prefetch& next_values) {
     constexpr int64_t kDims = kVectors * 16;
+    constexpr auto kStepBytes = static_cast<int64_t>(kDims * sizeof(T) * kElemsPerWord);
     for (int64_t d = 0; d < head_dim; d += kDims) {
       F sum[kRows][kVectors] = {};
       const auto add_step = [&](const T* a, const T* b, const float* p)
                                 __attribute__((always_inline)) {
-                                  next_page.next_line();
-                                  next_page.next_line();
+                                  next_values.next_bytes(kStepBytes);
                                   F words[kVectors];
                                   load_words<kVectors>(a, b, words);
 #pragma GCC unroll 8
@@ -314,15 +325,15 @@ struct RowKernel {
                           const float* probabilities, const float* rescale, Prefetch&);
   template <int kRows>
   static void accumulate(const LaneBlock& block, const PageTile& page, int hi, int64_t head_dim,
-                         const float* probabilities, const float* rescale, Prefetch& next_page) {
+                         const float* probabilities, const float* rescale, Prefetch& next_values) {
     // As many sums at a time as a product's latency needs and registers hold.
     if (kRows <= 4 && head_dim % 64 == 0) {
       accumulate_columns<kRows, kRows <= 4 ? 4 : 2>(block, page, hi, head_dim, probabilities,
-                                                    rescale, next_page);
+                                                    rescale, next_values);
     } else if (head_dim % 32 == 0) {
-      accumulate_columns<kRows, 2>(block, page, hi, head_dim, probabilities, rescale, next_page);
+      accumulate_columns<kRows, 2>(block, page, hi, head_dim, probabilities, rescale, next_values);
     } else {
-      accumulate_columns<kRows, 1>(block, page, hi, head_dim, probabilities, rescale, next_page);
+      accumulate_columns<kRows, 1>(block, page, hi, head_dim, probabilities, rescale, next_values);
     }
   }
   template <size_t... kIndex>
@@ -349,6 +360,8 @@ struct RowKernel {
             .pack_queries = pack_queries,
             .pack_page = pack_page,
             .attend = attend,
+            .score = score,
+            .weigh = weigh,
             .sum = nullptr,
             .spread = nullptr,
             .begin = nullptr,

@@ -179,6 +179,8 @@ struct VectorKernel {
             .pack_queries = pack_queries,
             .pack_page = pack_page,
             .attend = attend,
+            .score = nullptr,
+            .weigh = nullptr,
             .sum = EstimateKernel<VectorKernel, N>::sum,
             .spread = EstimateKernel<VectorKernel, N>::spread,
             .begin = nullptr,

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "common/attention/attention_check.h"
@@ -60,19 +61,23 @@ std::vector<Task> cut_tiles(const DecodeAttentionParams& p, const AttentionConte
 }
 
 /// Neighbouring pieces that one worker takes, so that the next piece's first page is on its way
-/// when the last one ends. The number of workers may decide here: a piece's result does not notice.
+/// when the last one ends: of all KV heads, page by page, where there is enough work for that. The
+/// number of workers may decide here: a piece's result does not notice.
 struct Run {
-  const Task* task;
-  int64_t begin, end;  // pieces
+  std::span<const Task> heads;  // the same tokens in neighbouring KV heads
+  int64_t begin, end;           // pieces
 };
 
-std::vector<Run> cut_runs(const std::vector<Task>& tasks, int64_t num_pieces, int64_t workers) {
-  constexpr int64_t kRunsPerWorker = 8;
-  const int64_t length = std::max<int64_t>(1, num_pieces / (kRunsPerWorker * workers));
+std::vector<Run> cut_runs(const std::vector<Task>& tasks, int64_t kv_heads, int64_t num_pieces,
+                          int64_t workers) {
+  constexpr int64_t kRunsPerWorker = 8;  // to even out their speeds; 2 at least
+  const int64_t heads = num_pieces / kv_heads >= 2 * workers ? kv_heads : 1;
+  const int64_t length = std::max<int64_t>(1, num_pieces / heads / (kRunsPerWorker * workers));
   std::vector<Run> runs;
-  for (const Task& task : tasks) {
-    for (int64_t begin = 0; begin < task.num_pieces; begin += length) {
-      runs.push_back({&task, begin, std::min(begin + length, task.num_pieces)});
+  for (size_t i = 0; i < tasks.size(); i += static_cast<size_t>(heads)) {
+    const std::span<const Task> together(&tasks[i], static_cast<size_t>(heads));
+    for (int64_t begin = 0; begin < tasks[i].num_pieces; begin += length) {
+      runs.push_back({together, begin, std::min(begin + length, tasks[i].num_pieces)});
     }
   }
   return runs;
@@ -152,13 +157,23 @@ void decode_attention_cpu(const DecodeAttentionParams& p, const ParallelFor& par
     num_partials += task.num_pieces * rows;
     num_pieces += task.num_pieces;
   }
-  const std::vector<Run> runs = cut_runs(tasks, num_pieces, parallel_for.max_workers);
+  const std::vector<Run> runs =
+      cut_runs(tasks, context.kv_heads, num_pieces, parallel_for.max_workers);
 
   const int64_t floats = partial_floats(context);
   const auto num_runs = static_cast<int64_t>(runs.size());
   const int64_t workers = std::min<int64_t>(num_runs, parallel_for.max_workers);
-  std::vector<TileWalker> walkers;
-  for (int64_t i = 0; i < workers; ++i) walkers.emplace_back(kernels, context, max_rows);
+  const size_t heads = runs.front().heads.size();
+  struct Worker {
+    std::vector<TileWalker> walkers;  // one per head of a run
+    std::vector<QueryTile> tiles;
+  };
+  std::vector<Worker> states(static_cast<size_t>(workers));
+  for (Worker& state : states) {
+    state.tiles.resize(heads);
+    state.walkers.reserve(heads);
+    for (size_t h = 0; h < heads; ++h) state.walkers.emplace_back(kernels, context, max_rows);
+  }
   // Not a vector: zeroing what is written anyway would cost a pass over it.
   const std::unique_ptr<float[]> memory(
       new float[static_cast<size_t>(num_partials * floats + workers * context.head_dim)]);
@@ -166,14 +181,18 @@ void decode_attention_cpu(const DecodeAttentionParams& p, const ParallelFor& par
   float* const merged = partials + num_partials * floats;
 
   parallel_for(num_runs, [&](int64_t i, int worker) {
-    const auto [task, begin, end] = runs[static_cast<size_t>(i)];
-    TileWalker& walker = walkers[static_cast<size_t>(worker)];
-    const int64_t rows = task->tile.num_tokens * context.group;
+    const auto& [tasks_of_run, begin, end] = runs[static_cast<size_t>(i)];
+    auto& [walkers, tiles] = states[static_cast<size_t>(worker)];
+    for (size_t h = 0; h < heads; ++h) tiles[h] = tasks_of_run[h].tile;
+    const int64_t rows = tiles.front().num_tokens * context.group;
     for (int64_t piece = begin; piece < end; ++piece) {
-      walker.walk(task->tile, piece * kPieceKeys, (piece + 1) * kPieceKeys, end * kPieceKeys);
-      float* partial = partials + (task->first_partial + piece * rows) * floats;
-      for (int64_t r = 0; r < rows; ++r) {
-        store_partial(walker.row(r), context.head_dim, partial + r * floats);
+      TileWalker::walk(walkers, tiles, piece * kPieceKeys, (piece + 1) * kPieceKeys,
+                       end * kPieceKeys);
+      for (size_t h = 0; h < heads; ++h) {
+        float* partial = partials + (tasks_of_run[h].first_partial + piece * rows) * floats;
+        for (int64_t r = 0; r < rows; ++r) {
+          store_partial(walkers[h].row(r), context.head_dim, partial + r * floats);
+        }
       }
     }
   });
