@@ -5,13 +5,15 @@
 
 Both peers get contiguous keys; one is scaled_dot_product_attention with enable_gqa=True on the KV
 heads, the other has keys and values expanded to the query heads beforehand (the copy is not timed).
-Ours reads pages in random order. The peer for decode's bandwidth is a sum over the very bytes of
-the two caches. In decode both take the next of several equal caches at each call, together at least
-256 MiB, as the layers of a model do: the bytes come from memory, not from the last call's L3. (SDPA
-always gets the same ones.) Rotary angles are 0, because SDPA rotates nothing. Outputs are compared
-before anything is timed. Writes attention_prefill.json and attention_decode.json to
-bench/results/cpu, each if it has rows: either half can be run alone, with the other's list of
-lengths left empty. bench/cpu_peak.cpp measures the processor's peak, for percentages.
+Prefill reads pages in random order; decode reads them in the order of memory, as the engine gives
+them to a prompt, and in random order. The peer for decode's bandwidth is a sum over the very bytes
+of the two caches, from front to back. In decode both take the next of several equal caches at each
+call, together at least 256 MiB, as the layers of a model do: the bytes come from memory, not from
+the last call's L3. (SDPA always gets the same ones.) Rotary angles are 0, because SDPA rotates
+nothing. Outputs are compared before anything is timed. Writes attention_prefill.json and
+attention_decode.json to bench/results/cpu, each if it has rows: either half can be run alone, with
+the other's list of lengths left empty. bench/cpu_peak.cpp measures the processor's peak, for
+percentages.
 """
 
 from __future__ import annotations
@@ -85,8 +87,14 @@ class Case:
         return sum(float(t.view(torch.float32).sum()) for t in next(self._next_read))
 
 
-def make_case(tokens: int, q_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype) -> Case:
-    """Random values, pages in random order."""
+def make_case(
+    tokens: int,
+    q_tokens: int,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    in_order: bool = False,
+) -> Case:
+    """Random values; pages in the order of memory or in random order."""
     q_heads, kv_heads, dim = heads
     generator = torch.Generator().manual_seed(1)
 
@@ -95,6 +103,8 @@ def make_case(tokens: int, q_tokens: int, heads: tuple[int, int, int], dtype: to
 
     k, v = (random(1, kv_heads, tokens, dim) for _ in range(2))
     block_table = torch.randperm(tokens // PAGE, generator=generator).int()
+    if in_order:
+        block_table = block_table.sort().values
 
     def pages(x: Tensor) -> Tensor:
         cache = torch.empty(tokens // PAGE, kv_heads, PAGE, dim, dtype=dtype)
@@ -116,7 +126,9 @@ def check(case: Case) -> None:
         raise SystemExit(f"outputs differ from SDPA by {error}")
 
 
-def measure(case: Case, pairs: int, what: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measure(
+    case: Case, pairs: int, what: str, dtype: torch.dtype, in_order: bool = False
+) -> list[dict[str, Any]]:
     """Rows for one case, printed as they come."""
     check(case)
     q_tokens, q_heads, dim = case.q.shape
@@ -126,6 +138,7 @@ def measure(case: Case, pairs: int, what: str, dtype: torch.dtype) -> list[dict[
         "tokens": case.tokens,
         "heads": f"{q_heads}/{case.k.shape[1]}",
         "head_dim": dim,
+        "pages": "in order" if in_order else "random order",
     }
     # 2 products of 2 operations over the visible (query, key) pairs; bytes of keys and values.
     flops = 4 * dim * q_heads * (case.tokens * q_tokens - q_tokens * (q_tokens - 1) / 2)
@@ -144,7 +157,7 @@ def measure(case: Case, pairs: int, what: str, dtype: torch.dtype) -> list[dict[
         rows.append(row)
         print(
             f"{what:8} {shape['dtype']:8} {case.tokens:7} tokens {shape['heads']:>5} x {dim:<3} "
-            f"| ours {row['ours_s'] * 1e3:9.2f} ms {row['rate']:7.1f} {unit} "
+            f"| {shape['pages']:12} | ours {row['ours_s'] * 1e3:9.2f} ms {row['rate']:7.1f} {unit} "
             f"| {name:15} {row['peer_s'] * 1e3:9.2f} ms "
             f"| x {row['ratio']:.2f} ({row['ratio_min']:.2f} .. {row['ratio_max']:.2f})",
             flush=True,
@@ -176,7 +189,9 @@ def main() -> None:
             rows += measure(case, arguments.pairs, "prefill", dtype)
     for heads in HEADS:
         for tokens in arguments.decode:
-            rows += measure(make_case(tokens, 1, heads, bf16), 5 * arguments.pairs, "decode", bf16)
+            for in_order in (True, False):
+                case = make_case(tokens, 1, heads, bf16, in_order)
+                rows += measure(case, 5 * arguments.pairs, "decode", bf16, in_order)
     for what in ("prefill", "decode"):
         if of_this := [row for row in rows if row["what"] == what]:
             print(write(f"cpu/attention_{what}", start, of_this))
