@@ -57,6 +57,16 @@ def why_unavailable(device: str) -> str | None:
     return None
 
 
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> str:
+    """Skip, with the reason, where tests of a GPU cannot run."""
+    if "cuda" not in selected_devices(request.config):
+        pytest.skip("cuda: not asked for (--device=cuda)")
+    if reason := why_unavailable("cuda"):
+        pytest.skip(f"cuda: {reason}")
+    return "cuda"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the GPU variants of a test where the kernels do not take its inputs."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})

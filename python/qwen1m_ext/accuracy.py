@@ -89,11 +89,12 @@ def run_report(reference_dir: str | Path, model_dir: Path, text: str, tokens: in
 
     The second is also compared with its cache in fp8, which is an option of the engine.
     """
-    reference = LLM(reference_dir, max_model_len=WINDOW_TOKENS + 1)
+    reference = LLM(reference_dir, device="cpu", max_model_len=WINDOW_TOKENS + 1)
     ids = reference.get_tokenizer().encode(text[: 8 * tokens])[:tokens]
-    result = compare(reference, LLM(model_dir, max_model_len=WINDOW_TOKENS + 1), ids)
+    quantised = LLM(model_dir, device="cpu", max_model_len=WINDOW_TOKENS + 1)
+    result = compare(reference, quantised, ids)
     print(f"on {result.tokens:,} tokens: {_summary(result)}")
-    fp8_cache = LLM(model_dir, max_model_len=WINDOW_TOKENS + 1, kv_cache_dtype="fp8")
+    fp8_cache = LLM(model_dir, device="cpu", max_model_len=WINDOW_TOKENS + 1, kv_cache_dtype="fp8")
     both = compare(reference, fp8_cache, ids)
     print(f"with an fp8 cache as well (--kv fp8): {_summary(both)}")
     report = asdict(result) | {"with_fp8_cache": asdict(both)}

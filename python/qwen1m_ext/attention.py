@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .config import DualChunkConfig, ModelConfig
+from .device import CPU, Device
 from .kv_cache import KVCache, SequenceCache, pages_for
 from .sparsity import SparsePrefill, Stored
 
@@ -46,7 +47,12 @@ class Rotary:
 
     @staticmethod
     def build(
-        config: ModelConfig, dual_chunk: DualChunkConfig, max_tokens: int, *, critical: bool = False
+        config: ModelConfig,
+        dual_chunk: DualChunkConfig,
+        max_tokens: int,
+        *,
+        critical: bool = False,
+        device: Device = CPU,
     ) -> Rotary:
         """Build the table for sequences of up to `max_tokens` tokens.
 
@@ -54,7 +60,7 @@ class Rotary:
         """
         rows = dual_chunk.table_rows(max_tokens, critical)
         table = build_rope_table(config.rope_theta, config.head_dim, rows)
-        return Rotary(dual_chunk, table, config.head_dim)
+        return Rotary(dual_chunk, table.to(device.where), config.head_dim)
 
     def logit_scale(self, temperature: float) -> float:
         """s^2 / sqrt(D): what multiplies q k^T under the temperature s."""
@@ -75,7 +81,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of the attention ops: leading runs of few rows, then runs of many."""
+    """Arguments of the attention ops: leading runs of few rows, then runs of many.
+
+    The tensors are on the device.
+    """
 
     groups: list[tuple[int, int]]  # (runs, rows of each), for decode_attention
     cu_q: Tensor  # [runs + 1] int64, of the rows after those
@@ -107,14 +116,41 @@ class Batch:
     def __init__(self, rotary: Rotary, cache: KVCache, segments: Sequence[Segment]) -> None:
         """The sequences have room for their tokens already."""
         self._rotary, self._cache, self._segments = rotary, cache, segments
+        self.put = cache.device.put
         self._first = [0]  # row of each segment, and their number
         for s in segments:
             self._first.append(self._first[-1] + s.end - s.begin)
-        self.positions = torch.cat([torch.arange(s.begin, s.end) for s in segments])
-        self._slots = torch.cat([s.sequence.slots(s.begin, s.end) for s in segments])
+        none = torch.arange(0)
+        positions = [torch.arange(s.begin, s.end) for s in segments]
+        slots = [s.sequence.slots(s.begin, s.end) for s in segments]
+        self.positions = self.put(torch.cat([none, *positions]))
+        self._slots = self.put(torch.cat([none, *slots]))
         self._every_row = self._call([(i, s.begin, s.end) for i, s in enumerate(segments)])
         self._some_rows: tuple[Tensor, _Call] | None = None
+        self._stored: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._parts = self._cut() if any(s.sparse for s in segments) else []
+
+    @staticmethod
+    def of_decodes(
+        rotary: Rotary,
+        cache: KVCache,
+        positions: Tensor,
+        slots: Tensor,
+        kv_len: Tensor,
+        logit_scale: Tensor,
+        block_table: Tensor,
+    ) -> Batch:
+        """One token of each of n sequences, described by tensors whose values may change.
+
+        On the device: positions, slots, kv_len: [n] int64; logit_scale: [n] float32; block_table:
+        [n, pages] int32. A row of kv_len 0 and slot -1 is nobody's.
+        """
+        batch = Batch(rotary, cache, [])
+        n = len(positions)
+        batch._first, batch.positions, batch._slots = [n], positions, slots
+        none = positions[:0]
+        batch._every_row = _Call([(n, 1)], none, block_table, kv_len, logit_scale, none)
+        return batch
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -151,7 +187,10 @@ class Batch:
         self._cache.release(layer)
 
     def attend_rows(self, layer: int, q: Tensor, out: Tensor, rows: Tensor) -> None:
-        """Attention of chosen rows, ascending; q and out: [len(rows), q_heads, D]."""
+        """Attention of chosen rows, ascending; q and out: [len(rows), q_heads, D].
+
+        rows: on the host.
+        """
         if self._some_rows is None or self._some_rows[0] is not rows:
             self._some_rows = rows, self._call(self._runs(rows.tolist()))
         self._run(self._some_rows[1], layer, q, out)
@@ -160,17 +199,13 @@ class Batch:
     def stored(self, layer: int, segment: int) -> Stored:
         """What is cached of a segment's sequence, and how its queries meet it."""
         s = self._segments[segment]
-        scale = self._rotary.logit_scale(s.temperature)
-        block_table = s.sequence.block_table[:, : pages_for(s.end)]
-        k, v = self._cache.widened(layer, block_table[0].long())
-        return Stored(
-            s.begin,
-            k,
-            v,
-            block_table,
-            torch.tensor([scale], dtype=torch.float32),
-            self._rotary.table,
-        )
+        if segment not in self._stored:  # the same for all layers
+            scale = torch.tensor([self._rotary.logit_scale(s.temperature)], dtype=torch.float32)
+            block_table = self.put(s.sequence.block_table[:, : pages_for(s.end)])
+            self._stored[segment] = block_table, block_table[0].long(), self.put(scale)
+        block_table, pages, logit_scale = self._stored[segment]
+        k, v = self._cache.widened(layer, pages)
+        return Stored(s.begin, k, v, block_table, logit_scale, self._rotary.table)
 
     def _cut(self) -> list[_Part]:
         """Every sparse segment on its own, and what lies between them."""
@@ -217,13 +252,14 @@ class Batch:
         table_rows = torch.tensor([self._segments[i].sequence.row for i, _, _ in runs])
         scales = [self._rotary.logit_scale(self._segments[i].temperature) for i, _, _ in runs]
         block_table = self._cache.block_table[:, :pages].index_select(0, table_rows.long())
+        pages_read = _pages_of(block_table[few:], [end for _, _, end in runs[few:]])
         return _Call(
             groups,
-            torch.tensor(lengths).cumsum(0),
-            block_table,
-            kv_len,
-            torch.tensor(scales, dtype=torch.float32),
-            _pages_of(block_table[few:], [end for _, _, end in runs[few:]]),
+            self.put(torch.tensor(lengths).cumsum(0)),
+            self.put(block_table),
+            self.put(kv_len),
+            self.put(torch.tensor(scales, dtype=torch.float32)),
+            self.put(pages_read),
         )
 
     def _run(self, call: _Call, layer: int, q: Tensor, out: Tensor) -> None:
@@ -231,7 +267,7 @@ class Batch:
         k, v = cache.layer(layer)
         common = self._rotary.table, dca.chunk_size, dca.local_size
         run = row = 0
-        for count, tokens in call.groups:
+        for count, tokens in _calls(call.groups, cache.decode_rows):
             rows, runs = slice(row, row + count * tokens), slice(run, run + count)
             shape = (count, tokens, *q.shape[1:])
             ops.decode_attention(
@@ -248,6 +284,20 @@ class Batch:
             )  # fmt: skip
 
 
+def decode_scratch_bytes(
+    config: ModelConfig, dual_chunk: DualChunkConfig, rows: int, pages: int, num_sms: int
+) -> int:
+    """Bytes of the scratch of `decode_attention` for so many rows, of one token or several."""
+    return ops.decode_attention_scratch_bytes(
+        (rows, 1, config.num_q_heads, config.head_dim),
+        config.num_kv_heads,
+        pages,
+        dual_chunk.chunk_size,
+        dual_chunk.local_size,
+        num_sms,
+    )
+
+
 def reserve_decode_scratch(
     rotary: Rotary, cache: KVCache, q: Tensor, num_sms: int | None = None
 ) -> None:
@@ -260,9 +310,18 @@ def reserve_decode_scratch(
         num_sms: multiprocessors; None: those of q's GPU.
     """
     dca = rotary.dual_chunk
+    cache.decode_rows = len(q)
     cache.decode_scratch = ops.decode_attention_scratch(
         q, cache.k[0], cache.block_table, dca.chunk_size, dca.local_size, num_sms
     )
+
+
+def _calls(groups: list[tuple[int, int]], most: int | None) -> Iterator[tuple[int, int]]:
+    """Groups of runs, none with more than `most` rows, for which there is scratch."""
+    for count, rows in groups:
+        step = count if most is None else max(1, most // rows)
+        for begin in range(0, count, step):
+            yield min(step, count - begin), rows
 
 
 def _pages_of(block_table: Tensor, ends: list[int]) -> Tensor:

@@ -226,6 +226,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", choices=("auto", "fp8"), default="auto",
                         help="keys and values in fp8: half the cache")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--no-cuda-graphs", action="store_true",
+                        help="on a GPU, launch decode steps op by op")  # fmt: skip
     parser.add_argument("--rope", choices=("auto", "dca", "plain"), default="auto")
     parser.add_argument("--attention", choices=("auto", "dense", "sparse"), default="auto",
                         help="of the prompt: exact, vertical-slash, or by its length")  # fmt: skip
@@ -278,6 +280,7 @@ def _load(args: argparse.Namespace) -> tuple[LLM, SamplingParams]:
         speculative=args.speculative,
         kv_offload=args.kv_offload,
         device_kv_bytes=args.device_kv_bytes,
+        cuda_graphs=not args.no_cuda_graphs,
     )
     given = {name: getattr(args, name, None) for name in (*_SAMPLING, "stop", "ignore_eos")}
     params = replace(

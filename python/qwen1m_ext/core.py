@@ -267,9 +267,12 @@ class Core:
             begin = time.perf_counter()
             pulse.begin(seconds)
             result = self.runner.run(step)
-            if result.sampled:
-                self._results.put(lambda r=result: self._push(r))  # type: ignore[misc]
-            self._inbox.put(lambda r=result: self._retire(r))  # type: ignore[misc]
+            if result.finish is not None:  # it is under way on a device
+                self._results.put(lambda r=result: self._finish(r))  # type: ignore[misc]
+            else:
+                if result.sampled:
+                    self._results.put(lambda r=result: self._push(r))  # type: ignore[misc]
+                self._inbox.put(lambda r=result: self._retire(r))  # type: ignore[misc]
             self._note("runner", begin, step.number)
             pulse.end()
 
@@ -303,6 +306,13 @@ class Core:
         return bool(taken)
 
     # --- on the output processor's thread ---------------------------------------------------------
+
+    def _finish(self, result: StepResult) -> None:
+        """Wait for a step; the next one is with the device meanwhile."""
+        assert result.finish is not None
+        result.finish()
+        self._inbox.put(lambda: self._retire(result))
+        self._push(result)
 
     def _push(self, result: StepResult) -> None:
         for sequence, token, candidates in result.sampled:

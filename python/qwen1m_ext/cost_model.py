@@ -19,7 +19,10 @@ from .config import ModelConfig
 from .sparse_config import WINDOW_TOKENS
 
 ASSUMED_FLOPS = 50e9
-"""Operations per second before anything has been measured."""
+"""Operations per second before anything has been measured, on a CPU."""
+
+GPU_FLOPS = 300e12
+"""The same on a GPU."""
 
 FADING = 0.998
 """Weight of the past per step: about the last 500 count."""
@@ -65,18 +68,26 @@ class Work:
 class CostModel:
     """Seconds of steps. One thread observes; any may ask."""
 
-    def __init__(self, config: ModelConfig, sparse_columns: float = 1024) -> None:
-        """Start from the counted operations of a model; sparse rows attend to so many keys."""
+    def __init__(
+        self, config: ModelConfig, sparse_columns: float = 1024, flops: float = ASSUMED_FLOPS
+    ) -> None:
+        """Start from the counted operations of a model.
+
+        Args:
+            config: the model.
+            sparse_columns: keys that a row of sparse attention meets.
+            flops: operations per second.
+        """
         linear, pair = _linear_flops(config), _pair_flops(config)
         head = 2.0 * config.hidden_size * config.vocab_size
-        flops = (
+        counted = (
             linear,  # c: a step's fixed cost, about a token's
             linear, pair,  # dense: per token, per pair
             linear + sparse_columns * pair, 64 * pair,  # sparse: per token, per key of the estimate
             linear + head, pair,  # decode: per sequence, per key
         )  # fmt: skip
-        self._prior = [f / ASSUMED_FLOPS for f in flops]
-        n = len(flops)
+        self._prior = [f / flops for f in counted]
+        n = len(counted)
         self._normal = [[0.0] * n for _ in range(n)]  # of features in units of the prior
         self._right = [0.0] * n
         self._scale = [1.0] * n  # coefficients in units of the prior

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _host, ops
 from .attention import build_rope_table
+from .choices import missing_gpu
 from .machine import cpu_name
 from .memory import available_bytes, format_bytes
 
@@ -44,10 +45,12 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "memory", f"{format_bytes(available)} available" if available else "unknown"
     yield "gpu", _gpu()
     if build["cuda"]:
-        used = "" if ops.supports_cuda() else "; some ops have none, so models run on the CPU"
-        yield "cuda kernels", f"compiled by nvcc {build['cuda_compiler']}{used}"
+        lacking = "" if ops.supports_cuda() else "; some ops have none"
+        yield "cuda kernels", f"compiled by nvcc {build['cuda_compiler']}{lacking}"
     else:
         yield "cuda kernels", "not compiled: this build found no nvcc"
+    missing = missing_gpu()
+    yield "models run on", f"the CPU: {missing}" if missing else "the GPU (bfloat16), or the CPU"
     for name in ops.OP_NAMES:
         # The CUDA key is registered in any case, as an error where there is no kernel.
         cpu = torch._C._dispatch_has_kernel_for_dispatch_key(f"qwen1m::{name}", "CPU")
@@ -61,14 +64,18 @@ def self_test() -> Iterator[tuple[str, float, float]]:
 
     Yields (what, largest absolute error, tolerance).
     """
-    for dtype, tolerance in TOLERANCE.items():
-        name = str(dtype).removeprefix("torch.")
+    kinds = [("cpu", dtype) for dtype in TOLERANCE]
+    if missing_gpu() is None:
+        kinds.append(("cuda", torch.bfloat16))
+    for where, dtype in kinds:
+        name, tolerance = str(dtype).removeprefix("torch."), TOLERANCE[dtype]
+        name += " on cuda" if where == "cuda" else ""
         for borders, tokens in (
             ("0 DCA borders", 90),
             ("1 DCA border", 180),
             ("2 DCA borders", 290),
         ):
-            prefill, decode = _attention_errors(dtype, tokens)
+            prefill, decode = _attention_errors(dtype, tokens, torch.device(where))
             yield f"prefill_attention {name}, {borders}", prefill, tolerance
             yield f"decode_attention {name}, {borders}", decode, tolerance
 
@@ -90,7 +97,7 @@ def run_doctor() -> int:
     return 1 if failed else 0
 
 
-def _attention_errors(dtype: torch.dtype, tokens: int) -> tuple[float, float]:
+def _attention_errors(dtype: torch.dtype, tokens: int, where: torch.device) -> tuple[float, float]:
     """Largest errors of prefill and decode: 4/2 heads x 64, chunks of 112 tokens."""
     chunk_size, local_size, heads, kv_heads, dim = 128, 16, 4, 2, 64
     chunk_len = chunk_size - local_size
@@ -105,26 +112,31 @@ def _attention_errors(dtype: torch.dtype, tokens: int) -> tuple[float, float]:
     block_table = torch.arange(pages - 1, -1, -1, dtype=torch.int32)[None]  # not in order
     positions = torch.arange(tokens)
     slots = block_table[0, positions // 128].long() * 128 + positions % 128
-    k_cache = torch.zeros(pages, kv_heads, ops.PAGE_SIZE, dim, dtype=dtype)
+    k_cache = torch.zeros(pages, kv_heads, ops.PAGE_SIZE, dim, dtype=dtype, device=where)
     v_cache = torch.zeros_like(k_cache)
-    q = torch.empty(tokens, heads, dim, dtype=dtype)
-    ops.qkv_rope_append(q, k_cache, v_cache, qkv, None, positions, slots, table, chunk_len)
-    kv_len, scale = torch.tensor([tokens]), torch.tensor([dim**-0.5])
+    q = torch.empty(tokens, heads, dim, dtype=dtype, device=where)
+    rope, block_table = table.to(where), block_table.to(where)
+    ops.qkv_rope_append(
+        q, k_cache, v_cache, qkv.to(where), None, positions.to(where), slots.to(where), rope,
+        chunk_len,
+    )  # fmt: skip
+    kv_len = torch.tensor([tokens], device=where)
+    scale = torch.tensor([dim**-0.5], device=where)
     out = torch.empty_like(q)
-    cu_q = torch.tensor([0, tokens])
+    cu_q = torch.tensor([0, tokens], device=where)
     ops.prefill_attention(
-        out, None, q, k_cache, v_cache, block_table, cu_q, kv_len, scale, table,
+        out, None, q, k_cache, v_cache, block_table, cu_q, kv_len, scale, rope,
         chunk_size, local_size,
     )  # fmt: skip
-    last = torch.empty(1, 1, heads, dim, dtype=dtype)
+    last = torch.empty(1, 1, heads, dim, dtype=dtype, device=where)
     ops.decode_attention(
-        last, None, q[None, -1:], k_cache, v_cache, block_table, kv_len, scale, table,
+        last, None, q[None, -1:], k_cache, v_cache, block_table, kv_len, scale, rope,
         chunk_size, local_size,
     )  # fmt: skip
     want = _definition(qkv, table, heads, kv_heads, chunk_size, local_size)
     return (
-        float((out.double() - want).abs().max()),
-        float((last[0].double() - want[-1:]).abs().max()),
+        float((out.cpu().double() - want).abs().max()),
+        float((last[0].cpu().double() - want[-1:]).abs().max()),
     )
 
 

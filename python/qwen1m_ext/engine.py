@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from . import kv_scales, ops
-from .attention import Rotary
+from .attention import Rotary, reserve_decode_scratch
 from .choices import (
     DTypeName,
     KVCacheName,
     KVOffloadName,
     RopeName,
     SpeculativeName,
+    Wanted,
     choose_device,
     choose_dtype,
     choose_kv_dtype,
@@ -34,7 +35,10 @@ from .choices import (
 )
 from .config import load_config, load_generation_config
 from .core import Core, Span
-from .cost_model import CostModel
+from .cost_model import ASSUMED_FLOPS, GPU_FLOPS, CostModel
+from .decode_step import DecodeStep
+from .device import Device, StreamDevice
+from .device_sampler import DeviceSampler
 from .errors import ConfigError, ContextTooLong, MemoryBudgetError, RequestError
 from .events import EngineStats, OnEvent, OnProgress, RequestStatus
 from .fp8 import FP8
@@ -42,11 +46,11 @@ from .grammar import GrammarCompiler
 from .handle import RequestHandle
 from .heartbeat import Observer
 from .kv_cache import KVCache, pages_for
-from .memory import available_bytes, format_bytes
+from .memory import format_bytes
 from .model import Qwen2Model
 from .offload import OffloadedCache, check_budget, check_options
 from .output_processor import OutputProcessor
-from .plan import PREFILL_CHUNK_TOKENS, Deployment, fit_context, memory_plan
+from .plan import PREFILL_CHUNK_TOKENS, Deployment, fit_context, memory_plan, stage_bytes
 from .prefill_policy import PrefillPolicy
 from .prefix_cache import PrefixCache, extend_keys
 from .request import AttentionName, SamplingParams
@@ -80,7 +84,7 @@ class Engine:
         dtype: DTypeName = "auto",
         kv_cache_dtype: KVCacheName = "auto",
         max_model_len: int | None = None,
-        device: str = "auto",
+        device: str | Device = "auto",
         rope: RopeName = "auto",
         attention: AttentionName = "auto",
         sparse_config: str | Path | None = None,
@@ -95,6 +99,7 @@ class Engine:
         speculative: SpeculativeName | None = None,
         kv_offload: KVOffloadName | None = None,
         device_kv_bytes: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         """Load a checkpoint and reserve its cache.
 
@@ -105,7 +110,8 @@ class Engine:
                 bytes of bf16 (docs/numerics.md has the accuracy); "auto": as `dtype`.
             max_model_len: most tokens of prompt plus output; None: the model's maximum, or what
                 memory holds if that is less (reported as a warning).
-            device: "auto" or "cpu"; "cuda" when the package was built with CUDA kernels.
+            device: "cpu", "cuda", or "auto": a GPU if there is one that can do what is asked for
+                (`choices.choose_device`). Tests bring a `Device` of their own.
             rope: "auto": as the config says; "dca": refuse a config without Dual Chunk Attention;
                 "plain": ignore it, to see what it is for.
             attention: of prefills that do not choose (`SamplingParams.attention`). "dense": exact,
@@ -128,6 +134,8 @@ class Engine:
                 turn; the output is what it would be without, see `offload.py`.
             device_kv_bytes: with `kv_offload`, what the device may hold of the cache; None: two
                 layers, the least.
+            cuda_graphs: on a GPU, decode steps are captured when the engine starts, and replayed;
+                False: launched op by op.
 
         Raises:
             ConfigError, WeightsError: the checkpoint, or an argument above, does not fit.
@@ -135,7 +143,6 @@ class Engine:
             BackendError: the device is not available.
         """
         self.model_dir = Path(model_dir)
-        self.device = choose_device(device)
         self.config = load_config(model_dir)
         self.generation_config = load_generation_config(model_dir)
         self.tokenizer = Tokenizer(model_dir) if load_tokenizer else None
@@ -162,6 +169,16 @@ class Engine:
             raise ConfigError(f"speculative: expected ngram or None, got {speculative!r}")
         self._speculative = speculative
         check_options(kv_offload, device_kv_bytes)
+        wanted = Wanted(
+            self.config,
+            self.dtype,
+            self.kv_dtype,
+            sparse=attention != "dense",
+            speculative=speculative is not None,
+            kv_offload=kv_offload is not None,
+        )
+        self.device = choose_device(device, wanted)
+        on_gpu = isinstance(self.device, StreamDevice)
         deployment = Deployment(
             tokens=0,
             dtype=self.dtype,
@@ -169,34 +186,51 @@ class Engine:
             chunk_tokens=prefill_chunk_tokens,
             max_seqs=max_num_seqs + MAX_SESSIONS,
             decode_rows=max_num_seqs,
-            sparse=attention != "dense",
-            kv_offload=kv_offload is not None,
+            sparse=wanted.sparse,
+            sparse_columns=self.policy.budgets.most_columns,
+            gpu=on_gpu,
+            num_sms=self.device.num_sms if isinstance(self.device, StreamDevice) else 0,
+            cuda_graphs=cuda_graphs,
+            kv_offload=wanted.kv_offload,
             device_kv_bytes=device_kv_bytes,
         )
         shape = replace(self.config, dual_chunk=self.dual_chunk)
-        self.max_model_len = fit_context(shape, deployment, max_model_len, available_bytes())
+        self.max_model_len = fit_context(
+            shape, deployment, max_model_len, self.device.available_bytes()
+        )
         self.plan = memory_plan(shape, replace(deployment, tokens=self.max_model_len))
         check_budget(self.config, self.kv_dtype, self.max_model_len, device_kv_bytes)
-        weights = load_weights(model_dir, self.config, self.dtype)
         self.chunk_tokens = min(prefill_chunk_tokens, self.max_model_len)
         self.step_tokens = self.chunk_tokens + max_num_seqs
         self.sparse: SparseAttention | None = None
-        if attention != "dense":
-            self.sparse = SparseAttention(
+        size = self.config, self.kv_dtype, self.max_model_len, deployment.max_seqs, self.dtype
+        with self.device.scope():
+            weights = load_weights(model_dir, self.config, self.dtype, self.device)
+            if wanted.sparse:
+                self.sparse = SparseAttention(
+                    self.config,
+                    self.dual_chunk,
+                    self.policy.budgets,
+                    self.max_model_len,
+                    self.policy.settings,
+                    self.device,
+                    self.dtype,
+                )
+            self.rotary = Rotary.build(
                 self.config,
                 self.dual_chunk,
-                self.policy.budgets,
                 self.max_model_len,
-                self.policy.settings,
+                critical=wanted.sparse,
+                device=self.device,
             )
-        self.rotary = Rotary.build(
-            self.config, self.dual_chunk, self.max_model_len, critical=self.sparse is not None
-        )
-        self.model = Qwen2Model(self.config, weights, self.step_tokens)
-        size = self.config, self.kv_dtype, self.max_model_len, deployment.max_seqs, self.dtype
-        self.cache = OffloadedCache(*size, device_kv_bytes) if kv_offload else KVCache(*size)
-        if self.kv_dtype == FP8 and not kv_scales.load(self.cache, self.config, self.model_dir):
-            kv_scales.calibrate(self.model, self.rotary, self.cache, self.max_model_len)
+            self.model = Qwen2Model(self.config, weights, self.step_tokens, self.device)
+            self.cache = (
+                OffloadedCache(*size, device_kv_bytes)
+                if kv_offload
+                else KVCache(*size, self.device)
+            )
+            if self.kv_dtype == FP8 and not kv_scales.load(self.cache, self.config, self.model_dir):
+                kv_scales.calibrate(self.model, self.rotary, self.cache, self.max_model_len)
         self.kv_exponents = kv_scales.exponents(self.cache)
         self.eos_token_ids = frozenset(
             self.generation_config.eos_token_ids or self.config.eos_token_ids
@@ -216,21 +250,51 @@ class Engine:
         self._numbers = itertools.count(1)
         self._grammars: GrammarCompiler | None = None
         self._grammar_lock = threading.Lock()
+        stage = stage_bytes(shape, replace(deployment, tokens=self.max_model_len))
         self._core = self._build_core(
-            replace(limits, chunk_tokens=self.chunk_tokens), enable_prefix_caching
+            replace(limits, chunk_tokens=self.chunk_tokens),
+            enable_prefix_caching,
+            self._build_decode(max_num_seqs, stage, cuda_graphs),
         )
         weakref.finalize(self, self._core.shutdown, False)
 
-    def _build_core(self, limits: Limits, prefix_caching: bool) -> Core:
+    def _build_decode(
+        self, rows: int, stage: int, graphs: bool
+    ) -> tuple[DeviceSampler, DecodeStep] | None:
+        """What a device with a queue needs to go from token to token by itself."""
+        device, config = self.device, self.config
+        if not isinstance(device, StreamDevice):
+            return None
+        with device.scope():
+            device.reserve(stage, rows)
+            table_rows = self.cache.block_table.shape[0]
+            sampler = DeviceSampler(config.vocab_size, self.dtype, table_rows, rows, device)
+            q = self.model.workspace.q[:rows, None]
+            reserve_decode_scratch(self.rotary, self.cache, q, device.num_sms)
+            step = DecodeStep(self.model, self.rotary, self.cache, sampler, rows, graphs)
+        return sampler, step
+
+    def _build_core(
+        self,
+        limits: Limits,
+        prefix_caching: bool,
+        on_device: tuple[DeviceSampler, DecodeStep] | None,
+    ) -> Core:
         """The threads' world. It must not know this object, whose end is to end it."""
-        cost = CostModel(self.config, self.sparse.mean_columns if self.sparse else 0.0)
+        columns = self.sparse.mean_columns if self.sparse else 0.0
+        cost = CostModel(self.config, columns, GPU_FLOPS if on_device else ASSUMED_FLOPS)
         prefixes = PrefixCache(self.cache.allocator, self.model_key, prefix_caching)
         residency = Residency(
             self.cache, prefixes, self.dual_chunk.temperature, limits.max_num_seqs
         )
         scheduler = Scheduler(residency, cost, limits)
         runner = ModelRunner(
-            self.model, self.rotary, self.cache, residency.temperature, cost.prefill_seconds
+            self.model,
+            self.rotary,
+            self.cache,
+            residency.temperature,
+            cost.prefill_seconds,
+            on_device,
         )
         tokenizer, eos = self.tokenizer, self.eos_token_ids
         return Core(scheduler, runner, lambda on_finish: OutputProcessor(tokenizer, eos, on_finish))
@@ -270,7 +334,9 @@ class Engine:
             raise RequestError("stop: expected none, as no tokenizer is loaded, got strings")
         tokens = min(len(token_ids) + (params.max_tokens or self.max_model_len), self.max_model_len)
         needed = pages_for(tokens) * self.cache.page_bytes
-        available = available_bytes()
+        # the host's memory is taken page by page, a GPU's was taken when the engine started
+        on_gpu = isinstance(self.device, StreamDevice)
+        available = None if on_gpu else self.device.available_bytes()
         if available is not None and needed > available:
             raise MemoryBudgetError(
                 f"request: the KV cache of {tokens} tokens needs {needed} bytes "
@@ -480,7 +546,7 @@ class Engine:
         blocks: list[Tensor] = []
         model = self.model
         request = self._request(
-            token_ids, params, on_hidden=lambda _, hidden: blocks.append(model.logits(hidden))
+            token_ids, params, on_hidden=lambda _, hidden: blocks.append(model.logits(hidden).cpu())
         )
         request.samples[0].sampler = Sampler(params, token_ids)
         handle = self._start(request)

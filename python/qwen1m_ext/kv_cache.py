@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import ops
 from .config import ModelConfig
+from .device import CPU, Device
 from .errors import MemoryBudgetError
 from .fp8 import FP8
 from .ops import PAGE_SIZE
@@ -162,6 +163,7 @@ class KVCache:
         max_tokens: int,
         max_seqs: int = 1,
         widened: torch.dtype = torch.bfloat16,
+        device: Device = CPU,
     ) -> None:
         """Reserve address space for `max_tokens`; the system commits a page when it is written.
 
@@ -171,24 +173,29 @@ class KVCache:
             max_tokens: capacity of the pool and the longest sequence.
             max_seqs: sequences that may be open at once.
             widened: the computing dtype, for a cache in fp8.
+            device: where keys and values are; the block table is the host's.
         """
+        self.device = device
         self.num_pages = pages_for(max_tokens)
         self.max_tokens = self.num_pages * PAGE_SIZE
         shape = (self.num_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
         layers = range(config.num_layers)
-        self.k = [torch.empty(shape, dtype=dtype) for _ in layers]
-        self.v = [torch.empty(shape, dtype=dtype) for _ in layers]
+        where = device.where
+        self.k = [torch.empty(shape, dtype=dtype, device=where) for _ in layers]
+        self.v = [torch.empty(shape, dtype=dtype, device=where) for _ in layers]
         self.k_scale: Tensor | None = None  # [layers, kv_heads] float32, powers of two: fp8 only
         self.v_scale: Tensor | None = None
         self._widened: tuple[Tensor, Tensor] | None = None
         if dtype == FP8:
             self.k_scale, self.v_scale = (
-                torch.ones(config.num_layers, config.num_kv_heads) for _ in range(2)
+                torch.ones(config.num_layers, config.num_kv_heads, device=where) for _ in range(2)
             )
-            self._widened = torch.empty(shape, dtype=widened), torch.empty(shape, dtype=widened)
+            k, v = (torch.empty(shape, dtype=widened, device=where) for _ in range(2))
+            self._widened = k, v
         self.allocator = BlockAllocator(self.num_pages)
         self.block_table = torch.zeros(max_seqs, self.num_pages, dtype=torch.int32)
         self.decode_scratch: Tensor | None = None  # of ops.decode_attention_scratch, on a GPU
+        self.decode_rows: int | None = None  # that it suffices for
         self._free_rows = list(range(max_seqs - 1, -1, -1))
         self.page_bytes = PAGE_SIZE * config.kv_bytes_per_token(dtype)
 
@@ -261,8 +268,9 @@ class KVCache:
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy the keys and values of a page, all layers."""
-        for pages in (*self.k, *self.v):
-            pages[target] = pages[source]
+        with self.device.scope():  # of any thread, in order with the steps
+            for pages in (*self.k, *self.v):
+                pages[target] = pages[source]
 
 
 class SequenceCache:

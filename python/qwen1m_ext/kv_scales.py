@@ -81,7 +81,7 @@ def calibrate(model: Qwen2Model, rotary: Rotary, cache: KVCache, tokens: int) ->
         for some in torch.split(ids, count):
             batch = _Watched(rotary, cache.unrounded(), Segment(sequence, 0, count, 1.0))
             with torch.inference_mode():
-                model.forward(some, batch)
+                model.forward(batch.put(some), batch)
             seen.append(torch.stack(batch.largest))
     finally:
         cache.close(sequence)
@@ -101,7 +101,7 @@ def exponents(cache: KVCache) -> dict[str, list[list[int]]] | None:
     if cache.k_scale is None or cache.v_scale is None:
         return None
     both = {"k": cache.k_scale, "v": cache.v_scale}
-    return {name: scale.log2().int().tolist() for name, scale in both.items()}
+    return {name: scale.cpu().log2().int().tolist() for name, scale in both.items()}
 
 
 def store(cache: KVCache, model_dir: Path) -> None:

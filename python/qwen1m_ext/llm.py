@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .choices import DTypeName, KVCacheName, KVOffloadName, RopeName, SpeculativeName
+from .device import Device
 from .engine import Engine
 from .errors import RequestError
 from .events import OnProgress
@@ -52,7 +53,7 @@ class LLM:
         dtype: DTypeName = "auto",
         kv_cache_dtype: KVCacheName = "auto",
         max_model_len: int | None = None,
-        device: str = "auto",
+        device: str | Device = "auto",
         rope: RopeName = "auto",
         attention: AttentionName = "auto",
         sparse_config: str | Path | None = None,
@@ -67,6 +68,7 @@ class LLM:
         speculative: SpeculativeName | None = None,
         kv_offload: KVOffloadName | None = None,
         device_kv_bytes: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         """Load a checkpoint directory; arguments and errors as in `Engine`."""
         self.engine = Engine(
@@ -89,6 +91,7 @@ class LLM:
             speculative=speculative,
             kv_offload=kv_offload,
             device_kv_bytes=device_kv_bytes,
+            cuda_graphs=cuda_graphs,
         )
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops
 from .attention import Batch
 from .config import ModelConfig
+from .device import CPU, Device
 from .linear import linear, project, scratch_bytes
 from .weights import LayerWeights, ModelWeights
 
@@ -32,18 +33,24 @@ OnLayer = Callable[[int, int], None]
 class Workspace:
     """The activations of a batch, allocated once: what `activation_bytes` says and no more."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, chunk_tokens: int, device: Device = CPU
+    ) -> None:
         self.chunk_tokens = chunk_tokens
         block = min(BLOCK_ROWS, chunk_tokens)
         heads = (config.num_q_heads, config.head_dim)
-        self.residual = torch.empty(chunk_tokens, config.hidden_size, dtype=dtype)
-        self.q = torch.empty(chunk_tokens, *heads, dtype=dtype)
-        self.attended = torch.empty(chunk_tokens, *heads, dtype=dtype)
-        self.normed = torch.empty(block, config.hidden_size, dtype=dtype)
-        self.delta = torch.empty(block, config.hidden_size, dtype=dtype)
-        self.qkv = torch.empty(block, config.q_size + 2 * config.kv_size, dtype=dtype)
-        self.gate_up = torch.empty(block, 2 * config.intermediate_size, dtype=dtype)
-        self.activated = torch.empty(block, config.intermediate_size, dtype=dtype)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device.where)
+
+        self.residual = empty(chunk_tokens, config.hidden_size)
+        self.q = empty(chunk_tokens, *heads)
+        self.attended = empty(chunk_tokens, *heads)
+        self.normed = empty(block, config.hidden_size)
+        self.delta = empty(block, config.hidden_size)
+        self.qkv = empty(block, config.q_size + 2 * config.kv_size)
+        self.gate_up = empty(block, 2 * config.intermediate_size)
+        self.activated = empty(block, config.intermediate_size)
 
 
 def activation_bytes(config: ModelConfig, dtype: torch.dtype, chunk_tokens: int) -> int:
@@ -87,11 +94,17 @@ def linear_scratch_bytes(config: ModelConfig, dtype: torch.dtype, chunk_tokens: 
 class Qwen2Model:
     """Weights and workspace of one model."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, chunk_tokens: int) -> None:
-        """Prepare for batches of up to `chunk_tokens` tokens."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        chunk_tokens: int,
+        device: Device = CPU,
+    ) -> None:
+        """Prepare for batches of up to `chunk_tokens` tokens on the device of the weights."""
         self.config, self.weights = config, weights
         self.dtype = weights.norm.dtype
-        self.workspace = Workspace(config, self.dtype, chunk_tokens)
+        self.workspace = Workspace(config, self.dtype, chunk_tokens, device)
 
     def forward(
         self,
@@ -104,9 +117,10 @@ class Qwen2Model:
         """Run the tokens of a batch through all layers; their keys and values enter the cache.
 
         Args:
-            token_ids: [tokens] int64, tokens <= the workspace's chunk_tokens.
+            token_ids: [tokens] int64 on the device, tokens <= the workspace's chunk_tokens.
             batch: where the tokens are.
-            rows: [n] int64, ascending rows whose final hidden state is wanted; None: all.
+            rows: [n] int64 on the host, ascending rows whose final hidden state is wanted; None:
+                all.
             on_layer: progress.
             out: [n, hidden] that receives the result. With it and without `rows` nothing is
                 allocated and nothing waits for a device: a CUDA graph can hold the call.
@@ -143,12 +157,12 @@ class Qwen2Model:
             batch.attend(last, q, attended)
             wanted = residual
         else:
-            wanted, q, attended = self._last_layer_queries(residual, rows)
+            wanted, q, attended = self._last_layer_queries(residual[batch.put(rows)])
             if len(rows):
                 batch.attend_rows(last, q, attended, rows)
         hidden = out
         if hidden is None:
-            hidden = torch.empty(len(wanted), self.config.hidden_size, dtype=self.dtype)
+            hidden = residual.new_empty(len(wanted), self.config.hidden_size)
         for block in _blocks(len(wanted)):
             hidden[block] = self._mlp(
                 layers[last], wanted[block], attended[block], self.weights.norm
@@ -184,10 +198,9 @@ class Qwen2Model:
         q_rows = q[block, :0] if kv_only else q[block]
         batch.append_kv(layer, q_rows, qkv, weights.qkv_bias[skip:], block)
 
-    def _last_layer_queries(self, residual: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _last_layer_queries(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Residual, queries and room for the attention output of the requested rows."""
         c, weights = self.config, self.weights.layers[-1]
-        wanted = residual[rows]
         normed = torch.empty_like(wanted)
         ops.rms_norm(normed, None, wanted, weights.input_norm, c.rms_norm_eps)
         q = linear(normed, weights.qkv[: c.q_size], weights.qkv_bias[: c.q_size])

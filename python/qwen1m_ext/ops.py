@@ -163,16 +163,30 @@ def decode_attention_scratch(
     Zeros, uint8. Calls leave it as they need it; two of them must not use it at the same time.
     num_sms: multiprocessors; default: those of q's GPU.
     """
-    from . import _host
-
     if num_sms is None:
         num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
-    batch, q_tokens, q_heads, head_dim = q.shape
-    count = _host.decode_attention_scratch_bytes(
-        batch, q_tokens, q_heads, k_cache.shape[1], head_dim, block_table.shape[1] * PAGE_SIZE,
+    count = decode_attention_scratch_bytes(
+        tuple(q.shape), k_cache.shape[1], block_table.shape[1], chunk_size, local_size, num_sms
+    )
+    return torch.zeros(count, dtype=torch.uint8, device=q.device)
+
+
+def decode_attention_scratch_bytes(
+    q_shape: tuple[int, ...],
+    kv_heads: int,
+    max_pages: int,
+    chunk_size: int,
+    local_size: int,
+    num_sms: int,
+) -> int:
+    """Bytes of `decode_attention_scratch`; q_shape: [batch, q_tokens, q_heads, D]."""
+    from . import _host
+
+    batch, q_tokens, q_heads, head_dim = q_shape
+    return _host.decode_attention_scratch_bytes(
+        batch, q_tokens, q_heads, kv_heads, head_dim, max_pages * PAGE_SIZE,
         chunk_size, local_size, num_sms,
     )  # fmt: skip
-    return torch.zeros(count, dtype=torch.uint8, device=q.device)
 
 
 def decode_attention(

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .config import ModelConfig
+from .decode_step import decode_step_bytes
 from .errors import ConfigError, MemoryBudgetError
 from .fp8 import FP8
-from .kv_cache import cache_bytes, widened_bytes
+from .kv_cache import cache_bytes, pages_for, widened_bytes
 from .memory import format_bytes
 from .model import activation_bytes, linear_scratch_bytes, logits_bytes
 from .offload import SLOTS, layer_bytes, streamed_layers
-from .sparsity import score_bytes
+from .sparsity import gather_bytes, score_bytes
 from .weights import weight_bytes
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,13 @@ PREFILL_CHUNK_TOKENS = 32_768
 RUNTIME_BYTES = 1_000_000_000
 """CUDA context, cuBLAS workspaces and what the driver keeps, on a GPU. An allowance, not measured
 here; a context alone takes 0.4 to 0.6 GB on current drivers."""
+
+
+STEP_INPUT_BYTES = 64
+"""Of a row of a step: what is staged for a copy to a GPU (three numbers, aligned)."""
+
+MOST_COLUMNS = 22_032
+"""The largest budget of columns in the published configs of sparse prefill (7B)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,10 @@ class Deployment:
     max_seqs: int = 1  # sequences that may be open at once; they share the context's pages
     decode_rows: int = 0  # decodes of other sequences that run in one step with a chunk
     sparse: bool = False  # vertical-slash prefill
+    sparse_columns: int = MOST_COLUMNS  # with it: the largest budget of a head
     gpu: bool = False
+    num_sms: int = 132  # multiprocessors of the GPU: those of an H200
+    cuda_graphs: bool = True
     kv_offload: bool = False  # layers of the cache wait in host memory
     device_kv_bytes: int | None = None  # with it: what the device may hold; None: the slots
 
@@ -84,6 +95,16 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
         "logits": logits_bytes(config, d.dtype, d.chunk + d.decode_rows),
     }
     if d.gpu:
+        items["decode step"] = decode_step_bytes(
+            config,
+            d.dtype,
+            rows=max(1, d.decode_rows),
+            table_rows=d.max_seqs,
+            max_tokens=d.tokens,
+            num_sms=d.num_sms,
+            graphs=d.cuda_graphs,
+        )
+        items["step inputs"] = stage_bytes(config, d)
         items["runtime"] = RUNTIME_BYTES
     streamed = len(d.streamed_layers(config))
     host = {}
@@ -96,16 +117,28 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
     return MemoryPlan(items, host)
 
 
+def stage_bytes(config: ModelConfig, d: Deployment) -> int:
+    """Bytes of a step's inputs, which the host writes and a GPU's copies read.
+
+    Ids, positions and slots of each row; block tables (4 bytes a page, twice: rows of the last
+    layer have their own), lengths and scales of each sequence; counts of a sampled one.
+    """
+    rows, sequences = d.chunk + d.decode_rows, d.max_seqs + 2
+    per_sequence = 2 * 4 * pages_for(d.tokens) + 1024
+    return STEP_INPUT_BYTES * rows + sequences * per_sequence + 8 * config.vocab_size + (1 << 20)
+
+
 def _scratch_bytes(config: ModelConfig, d: Deployment) -> int:
     """What is held for a moment besides the activations.
 
     Sparse: the scores of the selection. With an fp8 cache: keys and values of one layer, widened
-    once per prefill chunk. On the CPU: a block of widened weights. On a GPU, sparse: a prefill
-    kernel that gathers columns is fed from a contiguous copy in the computing dtype, while dense
-    bf16 attention reads the pages where they lie.
+    once per prefill chunk. On the CPU: a block of widened weights. On a GPU, sparse: the selected
+    columns of every head, gathered.
     """
     size = score_bytes(config, d.tokens) if d.sparse else 0
-    if d.kv_dtype == FP8 or (d.gpu and d.sparse):
+    if d.gpu and d.sparse:
+        size += gather_bytes(config, d.dtype, d.tokens, d.sparse_columns)
+    if d.kv_dtype == FP8:
         size += widened_bytes(config, d.dtype, d.tokens)
     if not d.gpu:
         size += linear_scratch_bytes(config, d.dtype, d.chunk)

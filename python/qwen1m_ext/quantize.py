@@ -120,6 +120,7 @@ def store_kv_scales(model_dir: str | Path) -> None:
     """
     engine = Engine(
         model_dir,
+        device="cpu",  # the same scales on every machine
         kv_cache_dtype="fp8",
         max_model_len=kv_scales.PASS_TOKENS,
         attention="dense",

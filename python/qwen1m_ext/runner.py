@@ -4,11 +4,16 @@ It feeds its own tokens back: a decode piece reads the token that the step befor
 nobody has to tell it what was sampled. Pieces of requests that were stopped meanwhile are skipped,
 and a step that nobody wants any more is abandoned after the layer at hand. With speculation a
 decode piece may bring tokens for later steps too, which find them ready (`speculative.py`).
+
+On a device with a queue a step has not run when `run` returns. Its tokens stay there for the next
+step (`device_sampler.py`), and whoever calls the result's `finish` waits for them and appends them.
+What the host has to look at (log probabilities, masks) it waits for within the step.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,14 +21,20 @@ import torch
 from torch import Tensor
 
 from .attention import Batch, Rotary, Segment
+from .decode_step import DecodeRow, DecodeStep
+from .device import Event, StreamDevice
+from .device_sampler import DeviceSampler, Draw, Settings, waiting
 from .events import Progress
 from .heartbeat import Pulse
 from .kv_cache import KVCache
 from .model import Qwen2Model, logits_rows
 from .ops import PAGE_SIZE
-from .sampler import Candidates, rank_tokens
-from .sequence import Piece, Sequence, Step
+from .sampler import Candidates, Sampler, not_a_number, rank_tokens
+from .sequence import Piece, Request, Sequence, Step
 from .weights import weight_bytes
+
+LAYERS_AHEAD = 2
+"""Layers of a prefill that may be queued before they run: progress is no farther off."""
 
 
 class _Abandoned(Exception):
@@ -39,6 +50,7 @@ class StepResult:
     seconds: float | None = None  # None: not representative
     sampled: list[tuple[Sequence, int, Candidates | None]] = field(default_factory=list)
     representative: bool = True  # for the cost model: nothing was guessed or computed ahead
+    finish: Callable[[], None] | None = None  # waits for the rest; to be called once, on any thread
 
 
 class ModelRunner:
@@ -51,6 +63,7 @@ class ModelRunner:
         cache: KVCache,
         temperature: Callable[[Sequence, int], float],
         prefill_work: Callable[[int, int, bool], float],
+        on_device: tuple[DeviceSampler, DecodeStep] | None = None,
     ) -> None:
         """Prepare.
 
@@ -60,10 +73,14 @@ class ModelRunner:
             cache: where the sequences live.
             temperature: s of a sequence at a position.
             prefill_work: cost of the prompt tokens [begin, end), dense or sparse, in any unit.
+            on_device: with a device that has a queue, what goes on there from token to token.
         """
         self._model, self._rotary, self._cache = model, rotary, cache
         self._temperature, self._prefill_work = temperature, prefill_work
         self.pulse = Pulse()  # beats after every layer
+        self._device, self._on_device = cache.device, on_device
+        self._drawn: tuple[list[Piece], Tensor] = [], torch.empty(0)  # of the step at hand
+        self._finished = 0.0  # when the last step was known to be done
         config = model.config
         # from here on a step reads more bytes of the cache than of the weights
         self._long = weight_bytes(config, model.dtype) // config.kv_bytes_per_token(
@@ -80,17 +97,78 @@ class ModelRunner:
             if piece.sequence.request.started is None:
                 piece.sequence.request.started = start
         try:
-            with torch.inference_mode():
-                result = self._run(step, pieces)
+            with torch.inference_mode(), self._device.scope():
+                result = (
+                    self._run(step, pieces)
+                    if self._on_device is None
+                    else self._queue(step, pieces, start, *self._on_device)
+                )
         except _Abandoned:
             return StepResult(step)
         except Exception as error:
             for piece in pieces:
                 piece.sequence.request.fail(error)
             return StepResult(step)
-        if len(pieces) == len(step.pieces) and result.representative:
+        if result.finish is None and len(pieces) == len(step.pieces) and result.representative:
             result.seconds = time.perf_counter() - start
         return result
+
+    def _queue(
+        self,
+        step: Step,
+        pieces: list[Piece],
+        start: float,
+        sampler: DeviceSampler,
+        decodes: DecodeStep,
+    ) -> StepResult:
+        """Queue a step on a device; `finish` takes what it samples there."""
+        device = self._device
+        assert isinstance(device, StreamDevice)
+        result, sampled = StepResult(step, frozenset(p.sequence for p in pieces)), pieces
+        with device.step():
+            if all(_decodes_on_device(piece) for piece in pieces):
+                rows = [
+                    DecodeRow(
+                        _token(piece),
+                        self._rotary.logit_scale(self._temperature(piece.sequence, piece.begin)),
+                        self._draw(piece, sampler),
+                    )
+                    for piece in pieces
+                ]
+                drawn = decodes.run(rows)
+            else:
+                result = self._run(step, pieces)
+                sampled, drawn = self._drawn
+            fetched = device.fetch(drawn[: len(sampled)])
+
+        def finish() -> None:
+            try:
+                tokens = fetched()
+            except Exception as error:  # of a kernel
+                for piece in pieces:
+                    piece.sequence.request.fail(error)
+                result.done = frozenset()
+                return
+            begin, self._finished = max(start, self._finished), time.perf_counter()
+            if len(pieces) == len(step.pieces):
+                result.seconds = self._finished - begin
+            for piece, token in zip(sampled, tokens, strict=True):
+                self._first_token(piece.sequence.request)
+                if token < 0:
+                    piece.sequence.request.fail(not_a_number())
+                else:
+                    self._emit(piece.sequence, token, None, result)
+
+        result.finish = finish
+        return result
+
+    def _draw(self, piece: Piece, sampler: DeviceSampler) -> Draw:
+        """How the token after a piece is sampled on the device."""
+        sequence = piece.sequence
+        assert sequence.cache is not None and sequence.sampler is not None
+        draw = Draw(sequence.cache.row, piece.end - 1, sequence.sampler)
+        sampler.admit(draw, sequence.preemptions, sequence.tokens, sequence.prompt_len)
+        return draw
 
     def _run(self, step: Step, pieces: list[Piece]) -> StepResult:
         result = StepResult(step, frozenset(piece.sequence for piece in pieces))
@@ -110,39 +188,84 @@ class ModelRunner:
         work.sort(key=lambda piece: len(drafts.get(piece, ())) if piece.decode else 1 << 30)
         segments = [s for piece in work for s in self._segments(piece, len(drafts.get(piece, ())))]
         batch = Batch(self._rotary, self._cache, segments)
-        ids = [
-            token
-            for piece in work
-            for part in (piece.sequence.tokens[piece.begin : piece.end], drafts.get(piece, ()))
-            for token in part
-        ]
         wanted = _wanted_rows(work, drafts)
-        rows = None if len(wanted) == len(ids) else torch.tensor(wanted, dtype=torch.int64)
+        rows = None if len(wanted) == len(batch) else torch.tensor(wanted, dtype=torch.int64)
         with batch.in_cache():
             hidden = self._model.forward(
-                torch.tensor(ids, dtype=torch.int64),
-                batch,
-                rows,
-                lambda done, of: self._report(work, done / of),
+                self._token_ids(work, drafts), batch, rows, self._on_layer(work)
             )
         samples: list[tuple[Piece, int]] = []  # and how many rows
         sampled_rows: list[int] = []
+        drawn_rows: list[int] = []  # of those that are sampled on the device
         row = 0
         for piece in work:
             count = _rows_of(piece, drafts)
             if _is_scored(piece):
                 self._score(piece, hidden[row : row + count])
             row += count
-            if piece.sample:
+            if self._on_device and _sampled_on_device(piece):
+                drawn_rows.append(row - 1)
+            elif piece.sample:
                 own = 1 + len(drafts.get(piece, ()))
                 samples.append((piece, own))
                 sampled_rows.extend(range(row - own, row))
+        if self._on_device:
+            sampler = self._on_device[0]
+            drawn = [piece for piece in work if _sampled_on_device(piece)]
+            self._drawn = drawn, self._sample_on_device(sampler, hidden, drawn_rows, drawn)
         if samples:
-            logits = self._model.logits(hidden[sampled_rows])
-            blocks = torch.split(logits, [count for _, count in samples])
+            logits = self._model.logits(hidden[self._device.put(torch.tensor(sampled_rows))])
+            blocks = torch.split(logits.cpu(), [count for _, count in samples])
             for (piece, _), some in zip(samples, blocks, strict=True):
                 self._sample(piece, drafts.get(piece, []), some, result)
         return result
+
+    def _token_ids(self, work: list[Piece], drafts: dict[Piece, list[int]]) -> Tensor:
+        """[rows] int64 on the device, those included that the host has not seen."""
+        ids: list[int] = []
+        waits = 0  # decodes come first
+        for piece in work:
+            if piece.begin < len(piece.sequence.tokens):
+                ids += piece.sequence.tokens[piece.begin : piece.end]
+            else:
+                ids.append(_token(piece))
+                waits = len(ids)
+            ids += drafts.get(piece, ())
+        token_ids = self._device.put(torch.tensor(ids, dtype=torch.int64))
+        if waits and self._on_device:
+            token_ids[:waits] = self._on_device[0].known(token_ids[:waits])
+        return token_ids
+
+    def _sample_on_device(
+        self, sampler: DeviceSampler, hidden: Tensor, rows: list[int], pieces: list[Piece]
+    ) -> Tensor:
+        """[n] the tokens after some pieces, from their rows of the final hidden states."""
+        put, n = self._device.put, len(rows)
+        if not n:
+            return hidden.new_empty(0, dtype=torch.int64)
+        draws = [self._draw(piece, sampler) for piece in pieces]
+        settings = Settings.of(draws, n, sampler.spare_row)
+        self._model.logits(hidden[put(torch.tensor(rows))], sampler.logits(n))
+        return sampler.sample(
+            Settings(put(settings.numbers), put(settings.shares), put(settings.penalties))
+        )
+
+    def _on_layer(self, work: list[Piece]) -> Callable[[int, int], None] | None:
+        """Progress, and with a queue: that it does not run ahead of what is reported."""
+        device = self._device
+        if not isinstance(device, StreamDevice):
+            return lambda done, of: self._report(work, done / of)
+        if all(piece.decode for piece in work):
+            return None
+        queued: deque[Event] = deque()
+
+        def report(done: int, of: int) -> None:
+            queued.append(device.record())
+            if len(queued) > LAYERS_AHEAD:
+                queued.popleft().synchronize()
+            self._report(work, done / of)
+
+        return report
 
     def _drafts(self, work: list[Piece]) -> dict[Piece, list[int]]:
         """Guesses to check in this step: as many as the workspace and the pages have room for."""
@@ -243,9 +366,7 @@ class ModelRunner:
         sequence, request = piece.sequence, piece.sequence.request
         sampler, speculator = sequence.sampler, sequence.speculator
         assert sampler is not None, "the runner's sequences have samplers"
-        if request.metrics.prefill_seconds == 0 and request.started is not None:
-            request.metrics.prefill_seconds = time.perf_counter() - request.started
-            request.metrics.recall = request.sparse.meter.mean if request.sparse else None
+        self._first_token(request)
         if speculator and speculator.ahead:  # sampled before a preemption, computed again now
             self._emit(sequence, *speculator.ahead.popleft(), result)
             return
@@ -269,6 +390,12 @@ class ModelRunner:
             request.metrics.accepted_tokens += len(chosen) - 1
         self._emit(sequence, *chosen[0], result)
 
+    def _first_token(self, request: Request) -> None:
+        """Take the prefill's time and recall, once."""
+        if request.metrics.prefill_seconds == 0 and request.started is not None:
+            request.metrics.prefill_seconds = time.perf_counter() - request.started
+            request.metrics.recall = request.sparse.meter.mean if request.sparse else None
+
     def _emit(
         self,
         sequence: Sequence,
@@ -278,6 +405,24 @@ class ModelRunner:
     ) -> None:
         sequence.tokens.append(token)
         result.sampled.append((sequence, token, candidates))
+
+
+def _sampled_on_device(piece: Piece) -> bool:
+    """Whether the token after a piece need not come to the host before the next step."""
+    sampler: Sampler | None = piece.sequence.sampler
+    return piece.sample and sampler is not None and sampler.on_device
+
+
+def _decodes_on_device(piece: Piece) -> bool:
+    """Whether a piece goes from token to token there."""
+    return piece.decode and _sampled_on_device(piece)
+
+
+def _token(piece: Piece) -> int:
+    """The token of a decode piece, or the one that waits on the device."""
+    tokens, cache = piece.sequence.tokens, piece.sequence.cache
+    assert cache is not None, "a planned sequence is open"
+    return tokens[piece.begin] if piece.begin < len(tokens) else waiting(cache.row)
 
 
 def _is_scored(piece: Piece) -> bool:

@@ -50,11 +50,24 @@ class Sampler:
         self._stops = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.int64)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         # the index goes through a large odd factor: seed and seed + 1 share no stream
-        stream = (seed + index * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
-        self._random = torch.Generator().manual_seed(stream)
+        self.stream = (seed + index * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
+        self._random = torch.Generator().manual_seed(self.stream)
         bias = params.logit_bias or {}
         self._bias_ids = torch.tensor(list(bias), dtype=torch.int64)
         self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        p = self.params
+        return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether `ops.sample` can do all of it, so that nothing has to come to the host."""
+        p = self.params
+        masked = self._processor is not None or len(self._bias_ids) > 0 or p.min_tokens > 0
+        return not masked and p.logprobs is None
 
     def sample(self, logits: Tensor) -> int:
         """Choose the next token from [vocab] float32 logits, and remember it.
@@ -63,9 +76,7 @@ class Sampler:
             WeightsError: a logit is NaN, so the weights are damaged or the model overflows.
         """
         if logits.isnan().any():
-            raise WeightsError(
-                "logits: expected numbers, got NaN: the weights are damaged, or values overflow"
-            )
+            raise not_a_number()
         adjusted = self.adjust(logits)
         if self._processor is not None:
             adjusted = self._processor(self._output_ids, adjusted.clone())
@@ -83,8 +94,7 @@ class Sampler:
 
     def adjust(self, logits: Tensor) -> Tensor:
         """Logits with bias and penalties applied; a new tensor when anything changes."""
-        p = self.params
-        penalised = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        p, penalised = self.params, self.penalised
         suppressed = self._output.total() < p.min_tokens and len(self._stops)
         if not (penalised or suppressed or len(self._bias_ids)):
             return logits
@@ -132,6 +142,13 @@ class Sampler:
         return min(token, int(probs.nonzero()[-1]))
 
 
+def not_a_number() -> WeightsError:
+    """What is wrong with a model whose logits are NaN."""
+    return WeightsError(
+        "logits: expected numbers, got NaN: the weights are damaged, or values overflow"
+    )
+
+
 Candidates = dict[int, tuple[float, int]]
 """token -> (log probability, rank): the chosen token first, then the likeliest."""
 
@@ -145,16 +162,15 @@ def rank_tokens(logits: Tensor, chosen: Tensor, count: int) -> list[Candidates]:
         count: how many of the best to report besides the chosen one.
     """
     logprobs = torch.log_softmax(logits, -1)
-    own = logprobs.gather(1, chosen[:, None])
+    own = logprobs.gather(1, chosen.to(logits.device)[:, None])
     ranks = (logprobs > own).sum(1) + 1
     values, ids = logprobs.topk(min(count, logits.shape[1]), dim=1)
+    columns = chosen, own[:, 0], ranks, values, ids
     result = []
-    for row in range(len(logits)):
-        entries = {int(chosen[row]): (float(own[row]), int(ranks[row]))}
-        for rank, (token, value) in enumerate(
-            zip(ids[row].tolist(), values[row].tolist(), strict=True), 1
-        ):
-            entries.setdefault(token, (value, rank))
+    for token, value, place, best, likeliest in zip(*(c.tolist() for c in columns), strict=True):
+        entries = {token: (value, place)}
+        for rank, (other, its_value) in enumerate(zip(likeliest, best, strict=True), 1):
+            entries.setdefault(other, (its_value, rank))
         result.append(entries)
     return result
 

@@ -154,8 +154,9 @@ def save_session(engine: Engine, session: Session, directory: Path, name: str) -
             _write(file, MAGIC + struct.pack("<Q", len(head)) + head)
             _write(file, hashlib.sha256(head).digest())
             _write_summed(file, iter([token_bytes]))
-            for pool in _pools(engine):
-                _write_summed(file, _page_blocks(pool, pages, len(tokens)))
+            with engine.device.scope():
+                for pool in _pools(engine):
+                    _write_summed(file, _page_blocks(pool, pages, len(tokens)))
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -198,9 +199,10 @@ def load_session(engine: Engine, path: Path) -> Session:
         try:
             session.sequence.append(info.num_tokens)
             pages = torch.tensor(session.sequence.pages, dtype=torch.int64)
-            for i, pool in enumerate(_pools(engine)):
-                what = f"{path}: {'keys' if i % 2 == 0 else 'values'} of layer {i // 2}"
-                _read_pages(file, pool, pages, what)
+            with engine.device.scope():  # before any step that reads the pages
+                for i, pool in enumerate(_pools(engine)):
+                    what = f"{path}: {'keys' if i % 2 == 0 else 'values'} of layer {i // 2}"
+                    _read_pages(file, pool, pages, what)
             session.token_ids = tokens.tolist()
             session.temperature, session.drawn = info.temperature, info.drawn
             session.policy = info.key.attention
@@ -278,7 +280,7 @@ def _page_blocks(pool: Tensor, pages: Tensor, num_tokens: int) -> Iterator[memor
     """A sequence's pages of a pool, several at a time, zero beyond the last token."""
     step = max(1, _BLOCK_BYTES // pool[0].nbytes)
     for begin in range(0, len(pages), step):
-        block = pool[pages[begin : begin + step]]
+        block = pool[pages[begin : begin + step].to(pool.device)].cpu()
         if begin + step >= len(pages) and num_tokens % PAGE_SIZE:
             block[-1, :, num_tokens % PAGE_SIZE :] = 0
         yield _bytes_of(block)
@@ -290,9 +292,9 @@ def _read_pages(file: BinaryIO, pool: Tensor, pages: Tensor, what: str) -> None:
     def blocks() -> Iterator[Tensor]:
         for begin in range(0, len(pages), step):
             part = pages[begin : begin + step]
-            block = pool.new_empty(len(part), *pool.shape[1:])
+            block = torch.empty(len(part), *pool.shape[1:], dtype=pool.dtype)
             yield block  # filled by the reader before it asks for the next
-            pool[part] = block
+            pool[part.to(pool.device)] = block.to(pool.device)
 
     _read_summed(file, blocks(), what)
 

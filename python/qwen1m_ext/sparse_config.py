@@ -97,6 +97,11 @@ class SparseConfig:
         text = "the default budgets {} + {}".format(*DEFAULT_BUDGET)
         return SparseConfig((layer,) * config.num_layers, text)
 
+    @property
+    def most_columns(self) -> int:
+        """The largest budget of columns of any head."""
+        return max(budget.columns for heads in self.layers for budget in heads)
+
     def save(self, path: Path) -> None:
         """Write the file; a reader sees the old one or the new one, never half of it."""
         layers = [

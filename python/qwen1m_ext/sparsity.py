@@ -6,15 +6,18 @@ and diagonals (distances) that all rows of the window attend to. See docs/sparsi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .config import DualChunkConfig, ModelConfig
+from .device import CPU, Device, StreamDevice
 from .sparse_config import WINDOW_TOKENS, SparseConfig, SparseSettings
 from .sparse_tiles import GPU_TILES, choose_tile, tile_cost
 
@@ -57,12 +60,12 @@ class Selection:
         The counts are [q_heads, 3] int32.
         """
         intra = begin // chunk_len * chunk_len
-        borders = torch.tensor([max(0, intra - chunk_len), intra, end], dtype=torch.int32)
-        below = torch.searchsorted(self.verticals, borders.repeat(len(self.verticals), 1))
+        borders = max(0, intra - chunk_len), intra, end  # numbers: no copy that a queue waits for
+        below = torch.stack([(self.verticals < border).sum(1) for border in borders], 1)
         vertical_count = torch.diff(below, prepend=torch.zeros_like(below[:, :1])).int()
         if end == self.end:
             return vertical_count, self.runs, self.run_count
-        used = torch.arange(self.runs.shape[2]) < self.run_count[..., None]
+        used = self._numbers() < self.run_count[..., None]
         run_count = (used & (self.runs[..., 0] < end)).sum(2).int()
         return vertical_count, self.runs.clamp(max=end), run_count
 
@@ -72,10 +75,14 @@ class Selection:
         A tile at the window's end loads no more, and no more than the window's end. An upper bound:
         columns inside a run are counted twice.
         """
-        used = torch.arange(self.runs.shape[2]) < self.run_count[:, :1]
+        used = self._numbers() < self.run_count[:, :1]
         length = (self.runs[:, 0, :, 1] - self.runs[:, 0, :, 0]).double() + self.tile_tokens - 1
         columns = (self.verticals < self.end).sum(1)
         return (length * used).sum(1) + columns
+
+    def _numbers(self) -> Tensor:
+        """Of the places for runs: [capacity]."""
+        return torch.arange(self.runs.shape[2], device=self.runs.device)
 
 
 class WindowGrid:
@@ -124,8 +131,8 @@ class WindowGrid:
 class RecallMeter:
     """Attention recall exp(lse_sparse - lse_full): the softmax mass that the selected keys hold."""
 
-    def __init__(self, num_layers: int, num_q_heads: int) -> None:
-        self.total = torch.zeros(num_layers, num_q_heads, dtype=torch.float64)
+    def __init__(self, num_layers: int, num_q_heads: int, device: Device = CPU) -> None:
+        self.total = torch.zeros(num_layers, num_q_heads, dtype=torch.float64, device=device.where)
         self.rows = torch.zeros(num_layers, dtype=torch.int64)
 
     def add(self, layer: int, recall: Tensor) -> None:
@@ -135,14 +142,14 @@ class RecallMeter:
 
     def heads(self) -> Tensor:
         """[layers, q_heads] mean recall; NaN where nothing was measured."""
-        return self.total / self.rows[:, None]
+        return self.total.cpu() / self.rows[:, None]
 
     @property
     def mean(self) -> float | None:
         """Mean over all measured rows and heads; None without any."""
         if not self.rows.any():
             return None
-        return float(self.total.sum() / (self.rows.sum() * self.total.shape[1]))
+        return float(self.total.sum()) / float(self.rows.sum() * self.total.shape[1])
 
 
 class SparseAttention:
@@ -155,15 +162,25 @@ class SparseAttention:
         budgets: SparseConfig,
         max_tokens: int,
         settings: SparseSettings = SparseSettings(),  # noqa: B008 - frozen
+        device: Device = CPU,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Reserve address space for the scores of `max_tokens` keys (see `score_bytes`)."""
+        """Reserve the scores of `max_tokens` keys; on a GPU also what its kernel gathers.
+
+        See `score_bytes` and `gather_bytes`; `dtype` is that of keys and values.
+        """
         self.config, self.dual_chunk, self.settings = config, dual_chunk, settings
+        self.device = device
         self.grid = WindowGrid(dual_chunk, settings.window_tokens)
         self.v_size = torch.tensor([[b.columns for b in layer] for layer in budgets.layers])
         self.s_size = torch.tensor([[b.slash_size for b in layer] for layer in budgets.layers])
         heads = config.num_q_heads
-        self._vertical = torch.empty(heads, max_tokens)
-        self._slash = torch.empty(heads, max_tokens)
+        self._vertical = torch.empty(heads, max_tokens, device=device.where)
+        self._slash = torch.empty(heads, max_tokens, device=device.where)
+        self._gathered: Tensor | None = None
+        if isinstance(device, StreamDevice):
+            size = gather_bytes(config, dtype, max_tokens, int(self.v_size.max()))
+            self._gathered = torch.empty(size // dtype.itemsize, dtype=dtype, device=device.where)
         self.choose_tile = self._slash.is_cuda
         self.num_computed_layers = config.num_layers - 1  # of the last one only requested rows
 
@@ -238,9 +255,10 @@ class SparseAttention:
         heads = self.config.num_q_heads
         columns = ops.sparse_vertical_capacity(int(v_size.max()), end)
         runs = ops.sparse_run_capacity(int(s_size.max()), end, tile)
-        verticals = torch.full((heads, columns), torch.iinfo(torch.int32).max, dtype=torch.int32)
-        vertical_count = torch.empty(heads, ops.SPARSE_STAGES, dtype=torch.int32)
-        staged = torch.empty(heads, ops.SPARSE_STAGES, runs, 2, dtype=torch.int32)
+        like: dict[str, Any] = {"dtype": torch.int32, "device": self._slash.device}
+        verticals = torch.full((heads, columns), torch.iinfo(torch.int32).max, **like)
+        vertical_count = torch.empty(heads, ops.SPARSE_STAGES, **like)
+        staged = torch.empty(heads, ops.SPARSE_STAGES, runs, 2, **like)
         run_count = torch.empty_like(vertical_count)
         group = heads // self.config.num_kv_heads if self.settings.share_group else 1
         ops.sparse_plan(
@@ -250,8 +268,8 @@ class SparseAttention:
             run_count,
             self._vertical[:, :end],
             self._slash[:, :end],
-            v_size,
-            s_size,
+            self.device.put(v_size),
+            self.device.put(s_size),
             0,
             ops.INFINITE_CHUNK,
             0,
@@ -292,13 +310,20 @@ class SparseAttention:
             vertical_count,
             runs,
             run_count,
-            None,
+            self._scratch(selection.verticals.shape[1]),
             q_begin,
             *segment,
             self.dual_chunk.chunk_size,
             self.dual_chunk.local_size,
             selection.tile_tokens,
         )
+
+    def _scratch(self, capacity: int) -> Tensor | None:
+        """Where a GPU gathers the keys and values of the columns of a plan."""
+        if self._gathered is None:
+            return None
+        shape = (2, self.config.num_q_heads, capacity + 1, self.config.head_dim)
+        return self._gathered[: math.prod(shape)].view(shape)
 
     def recall(
         self,
@@ -310,13 +335,13 @@ class SparseAttention:
     ) -> Tensor:
         """[rows, q_heads] recall of some rows of a segment: dense work for these rows."""
         out = torch.empty_like(q)
-        sparse = torch.empty(q.shape[:2])
+        sparse = torch.empty(q.shape[:2], device=q.device)
         self.apply(stored, selection, segment, q_begin, q, out, sparse)
         return (sparse - self.full_lse(stored, q_begin, q)).exp()
 
     def full_lse(self, stored: Stored, q_begin: int, q: Tensor) -> Tensor:
         """[rows, q_heads] log of the softmax denominator over all keys, for consecutive rows."""
-        lse = torch.empty(q.shape[:2])
+        lse = torch.empty(q.shape[:2], device=q.device)
         ops.prefill_attention(
             torch.empty_like(q),
             lse,
@@ -324,8 +349,8 @@ class SparseAttention:
             stored.k_cache,
             stored.v_cache,
             stored.block_table,
-            torch.tensor([0, len(q)]),
-            torch.tensor([q_begin + len(q)]),
+            self.device.put(torch.tensor([0, len(q)])),
+            self.device.put(torch.tensor([q_begin + len(q)])),
             stored.logit_scale,
             stored.rope_table,
             self.dual_chunk.chunk_size,
@@ -355,6 +380,12 @@ def score_bytes(config: ModelConfig, max_tokens: int) -> int:
     return 2 * 4 * config.num_q_heads * max_tokens
 
 
+def gather_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens: int, columns: int) -> int:
+    """Bytes that the GPU kernel gathers into, for budgets of up to `columns` columns."""
+    rows = ops.sparse_vertical_capacity(columns, max_tokens) + 1
+    return 2 * config.num_q_heads * rows * config.head_dim * dtype.itemsize
+
+
 def pseudo_random(*values: int) -> int:
     """The same for the same values on every machine: results are reproducible."""
     state = 0
@@ -375,7 +406,9 @@ class SparsePrefill:
     def start(attention: SparseAttention) -> SparsePrefill:
         """Begin a request."""
         config = attention.config
-        return SparsePrefill(attention, RecallMeter(config.num_layers, config.num_q_heads))
+        with attention.device.scope():  # on the caller's thread, before the steps that add to it
+            meter = RecallMeter(config.num_layers, config.num_q_heads, attention.device)
+        return SparsePrefill(attention, meter)
 
     def covers(self, layer: int) -> bool:
         """Whether a layer's attention is sparse.

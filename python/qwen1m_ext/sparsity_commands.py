@@ -108,6 +108,7 @@ def _load(args: argparse.Namespace, extra_tokens: int = 0) -> Engine:
     return Engine(
         args.model,
         dtype=args.dtype,
+        device="cpu",  # the tools look at a step's inside
         attention="sparse",
         max_model_len=args.tokens + extra_tokens,
         enable_prefix_caching=False,

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import ModelConfig, read_json
+from .device import CPU, Device
 from .errors import ConfigError, WeightsError
 from .fp8 import FP8, Fp8Matrix, fault
 from .linear import Matrix
@@ -58,7 +59,7 @@ def fingerprint(weights: ModelWeights) -> str:
     for tensor in tensors:
         flat = tensor.reshape(-1)
         digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(flat[:: max(1, len(flat) // 64)].float().numpy().tobytes())
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -114,8 +115,11 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 class _Checkpoint:
     """The open files of a checkpoint and which of them holds which tensor."""
 
-    def __init__(self, files: dict[str, Any], dtype: torch.dtype, quantised: bool) -> None:
+    def __init__(
+        self, files: dict[str, Any], dtype: torch.dtype, quantised: bool, device: Device
+    ) -> None:
         self._files, self._dtype, self._quantised = files, dtype, quantised
+        self._where = device.where
 
     def names(self) -> set[str]:
         return set(self._files)
@@ -135,7 +139,7 @@ class _Checkpoint:
         return tensor
 
     def get(self, name: str) -> Tensor:
-        return self.stored(name).to(self._dtype)
+        return self.stored(name).to(self._where, self._dtype)
 
     def join(self, *names: str) -> Tensor:
         return torch.cat([self.get(name) for name in names])
@@ -151,14 +155,16 @@ class _Checkpoint:
             )
             if wrong := fault(part):
                 raise WeightsError(f"{name}: {wrong}")
-            parts.append(part)
+            parts.append(Fp8Matrix(part.data.to(self._where), part.scale.to(self._where)))
         if len(parts) == 1:
             return parts[0]
         return Fp8Matrix(torch.cat([p.data for p in parts]), torch.cat([p.scale for p in parts]))
 
 
 @contextmanager
-def _open_checkpoint(directory: Path, dtype: torch.dtype, quantised: bool) -> Iterator[_Checkpoint]:
+def _open_checkpoint(
+    directory: Path, dtype: torch.dtype, quantised: bool, device: Device = CPU
+) -> Iterator[_Checkpoint]:
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
         try:
@@ -200,7 +206,7 @@ def _open_checkpoint(directory: Path, dtype: torch.dtype, quantised: bool) -> It
         for name, file in (weight_map or {}).items():
             if name not in files:
                 raise WeightsError(f"{directory / file}: tensor {name!r} is in the index, not here")
-        yield _Checkpoint(files, dtype, quantised)
+        yield _Checkpoint(files, dtype, quantised, device)
 
 
 def _check_names_and_shapes(checkpoint: _Checkpoint, config: ModelConfig, directory: Path) -> None:
@@ -244,16 +250,20 @@ def stored_tensors(model_dir: str | Path, config: ModelConfig) -> Iterator[tuple
 
 
 def load_weights(
-    model_dir: str | Path, config: ModelConfig, dtype: torch.dtype | None = None
+    model_dir: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype | None = None,
+    device: Device = CPU,
 ) -> ModelWeights:
-    """Load every tensor of a checkpoint in `dtype` (default: the stored one).
+    """Load every tensor of a checkpoint in `dtype` (default: the stored one), to a device.
 
     Raises:
         WeightsError: files missing, truncated or corrupt; tensors missing, superfluous, misshapen
             or of an unsupported dtype.
     """
     directory = Path(model_dir)
-    with _open_checkpoint(directory, dtype or config.dtype, config.quantised) as checkpoint:
+    dtype = dtype or config.dtype
+    with _open_checkpoint(directory, dtype, config.quantised, device) as checkpoint:
         _check_names_and_shapes(checkpoint, config, directory)
         get, join, matrix = checkpoint.get, checkpoint.join, checkpoint.matrix
         layers = []

@@ -19,18 +19,6 @@ from qwen1m_ext import ops
 SLEEP_CYCLES = 200_000_000  # about 0.1 s
 
 
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest) -> str:
-    """Skip, with the reason, where these tests cannot run."""
-    if "cuda" not in str(request.config.getoption("--device")).split(","):
-        pytest.skip("cuda: not asked for (--device=cuda)")
-    if not torch.cuda.is_available():
-        pytest.skip("cuda: no CUDA device")
-    if "prefill_attention" not in ops.cuda_kernels():
-        pytest.skip("cuda: prefill_attention was built without a CUDA kernel")
-    return "cuda"
-
-
 def call(arguments: dict[str, Any], op: str = "prefill_attention") -> Tensor:
     getattr(ops, op)(**arguments)
     return arguments["out"]

@@ -9,73 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from lib.capture import mapped, recorded
 from lib.checkpoints import write_checkpoint
 from qwen1m_ext import LLM, ops
 from qwen1m_ext.attention import Batch, Segment, reserve_decode_scratch
 
-# What a stream would have to be waited for, or whose result has a size that only the device knows.
-SYNCHRONISING = (
-    "aten._local_scalar_dense", "aten.item", "aten.equal", "aten.is_nonzero", "aten.nonzero",
-    "aten.masked_select", "aten.unique", "aten._unique2", "aten.repeat_interleave", "aten._to_copy",
-)  # fmt: skip
-TO_THE_HOST = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 SEQUENCES = 3
-
-
-class Recorder(TorchDispatchMode):
-    """Notes every op of which a result lies in memory that was not there before, or that waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[str] = []
-        self.problems: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = str(func).rsplit(".", 1)[0]
-        known = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **kwargs)
-        self.ops.append(name)
-        if name in SYNCHRONISING:
-            self.problems.append(f"{name} waits")
-        if any(isinstance(t, Tensor) and storage(t) not in known for t in tree_leaves(result)):
-            self.problems.append(f"{name} allocates")
-        return result
-
-
-def storage(tensor: Tensor) -> int:
-    """Identity of a tensor's memory."""
-    return tensor.untyped_storage()._cdata
-
-
-@contextmanager
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    """Ops of the body; a tensor that becomes a number is a problem too."""
-    recorder = Recorder()
-    with monkeypatch.context() as patch:
-        for name in TO_THE_HOST:
-            plain = getattr(Tensor, name)
-
-            def closed(self: Tensor, *args: Any, _name: str = name, _plain: Any = plain) -> Any:
-                recorder.problems.append(f"Tensor.{_name} reads on the host")
-                return _plain(self, *args)
-
-            patch.setattr(Tensor, name, closed)
-        with torch.inference_mode(), recorder:
-            yield recorder
 
 
 class Step:
@@ -143,14 +89,12 @@ def step(llm: LLM) -> Iterator[Step]:
     made.close()
 
 
-def test_a_decode_step_neither_allocates_nor_waits(
-    step: Step, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decode_step_neither_allocates_nor_waits(step: Step) -> None:
     """Two steps, the second across a page border; every kind of op has been there."""
     for _ in range(2):
         with torch.inference_mode():
             batch = step.plan()
-        with recorded(monkeypatch) as recorder:
+        with recorded() as recorder:
             step.run(batch)
         assert recorder.problems == []
         seen = set(recorder.ops)
@@ -197,40 +141,34 @@ def test_every_call_is_given_the_scratch_that_is_kept(
     monkeypatch.setattr(ops, "decode_attention", spy)
     with torch.inference_mode():
         step.run(step.plan())
-    step.cache.decode_scratch = None
+    step.cache.decode_scratch = step.cache.decode_rows = None
     assert len(given) == config.num_layers
     assert all(scratch is kept and size <= len(kept) for scratch, size in given)
 
 
-def test_the_recorder_sees_what_it_is_for(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recorder_sees_what_it_is_for(step: Step) -> None:
     """Results in new memory, chosen rows, a length read on the host."""
     with torch.inference_mode():
         batch = step.plan()
         rows = torch.tensor([0, 2])
-    with recorded(monkeypatch) as recorder:
+    with recorded() as recorder:
         step.model.forward(step.token_ids, batch)
-    assert recorder.problems == ["aten.empty allocates"]  # the result, and nothing else
-    with recorded(monkeypatch) as recorder:
+    assert recorder.problems == ["aten.new_empty allocates"]  # the result, and nothing else
+    with recorded() as recorder:
         step.model.forward(step.token_ids, batch, rows)
     assert "Tensor.tolist reads on the host" in recorder.problems
     assert "aten.index allocates" in recorder.problems
-    with recorded(monkeypatch) as recorder:
+    with recorded() as recorder:
         int(batch.positions.max())
     assert "Tensor.__int__ reads on the host" in recorder.problems
-    with recorded(monkeypatch) as recorder:
+    with recorded() as recorder:
         torch.nonzero(batch.positions)
     assert recorder.problems == ["aten.nonzero waits", "aten.nonzero allocates"]
 
 
 def without_values(value: Any) -> Any:
     """The same object with tensors that have shapes only ("meta")."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, (list, tuple)):
-        return type(value)(without_values(one) for one in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{name: without_values(one) for name, one in vars(value).items()})
-    return value
+    return mapped(value, lambda tensor: tensor.to("meta"))
 
 
 def stripped(value: Any, *names: str) -> Any:

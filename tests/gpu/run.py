@@ -123,6 +123,7 @@ def command_of(stage: str) -> list[str] | str:
         ),
         "ops": pytest(*OP_TESTS),
         "ops-sm80": pytest(*OP_TESTS),
+        "model": pytest("tests/gpu/test_model.py", "tests/engine/test_device.py", "--device=cuda"),
         "kernels": pytest("tests/cuda/test_kernels.py", "tests/cuda/test_library.py"),
         "memcheck": sanitizer("memcheck"),
         "racecheck": sanitizer("racecheck"),
@@ -146,6 +147,10 @@ def command_of(stage: str) -> list[str] | str:
         "bench-sparse": program(
             "sparse_prefill_bench", "--json", str(OUT / "sparse_prefill.json"), *bench_ceiling()
         ),
+        "bench-model": [
+            sys.executable, str(ROOT / "bench" / "e2e" / "model_gpu.py"),
+            "--json", str(OUT / "model.json"), "--models", "7b", "14b", "--seconds", "700",
+        ],
         "bench-kernel": program(
             "prefill_attention_bench", "--json", str(OUT / "prefill_attention.json"),
             *bench_ceiling(),
@@ -156,9 +161,9 @@ def command_of(stage: str) -> list[str] | str:
 
 STAGES = (
     "device", "configure", "build", "package", "doctor", "stream", "conformance", "ops", "ops-sm80",
-    "kernels", "memcheck", "racecheck", "synccheck", "bench-tma", "bench-fused",
+    "model", "kernels", "memcheck", "racecheck", "synccheck", "bench-tma", "bench-fused",
     "bench-norms", "bench-decode", "bench-decode-sdpa", "bench-sdpa", "bench-kernel",
-    "bench-sparse",
+    "bench-sparse", "bench-model",
 )  # fmt: skip
 
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 import ctypes
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lib.capture import Recorder
 from qwen1m_ext import ops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,3 +175,32 @@ def _decode_attention(
         values["scratch"] = ops.decode_attention_scratch(*shapes, EMULATED_SMS)
     _call(op, device, **values)
     assert not values["scratch"][:COUNTER_BYTES].any(), f"{op}: a counter was not reset"
+
+
+@contextmanager
+def emulated_ops(device: str) -> Iterator[list[str]]:
+    """All of `ops` by emulated kernels, as a GPU would have them; their names as they are called.
+
+    A capture (`lib.capture.Recorder`) keeps the calls, as it keeps torch's.
+    """
+    called: list[str] = []
+
+    def kernel(name: str) -> Callable[..., None]:
+        def call(*arguments: Any, **named: Any) -> None:
+            called.append(name)
+            if name == "decode_attention":
+                scratch = inspect.signature(ops.decode_attention)
+                bound = scratch.bind(*arguments, **named).arguments
+                assert bound.get("scratch") is not None, "a step would allocate scratch"
+            if isinstance(mode := _get_current_dispatch_mode(), Recorder):
+                mode.ops.append(f"qwen1m.{name}")
+                mode.tape.append((call, arguments, named))
+            _call(name, device, *arguments, **named)
+
+        call.__signature__ = inspect.signature(getattr(ops, name))  # type: ignore[attr-defined]
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OPS:
+            patch.setattr(ops, name, kernel(name))
+        yield called

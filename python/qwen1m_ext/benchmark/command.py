@@ -109,6 +109,7 @@ def _engine(args: argparse.Namespace, tokens: int, max_num_seqs: int = 1) -> Eng
         dtype=args.dtype,
         kv_cache_dtype=args.kv,
         device=args.device,
+        cuda_graphs=not args.no_cuda_graphs,
         rope=args.rope,
         attention=args.attention,
         sparse_config=args.sparse_config,

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         "speculative": args.speculative,
         "kv_offload": args.kv_offload,
         "device_kv_bytes": args.device_kv_bytes,
+        "cuda_graphs": not args.no_cuda_graphs,
         "max_model_len": args.max_model_len,
         "prefill_chunk_tokens": args.prefill_chunk_tokens,
         "max_num_seqs": args.max_num_seqs,
