@@ -22,7 +22,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from paired import compare, environment, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qwen1m_ext import ops
+from qwen1m_ext import huge_pages, ops
 
 PAGE = 128
 COLD_BYTES = 256 << 20  # of caches that decode goes through before it meets the same one again
@@ -82,6 +82,11 @@ class Case:
             q, k, v, is_causal=causal, enable_gqa=not expanded
         )
 
+    def in_small_pages(self) -> Callable[[], Tensor]:
+        """`ours` on copies of the caches that did not ask for huge pages."""
+        caches = [(k.clone(), v.clone()) for k, v in self.caches]
+        return replace(self, caches=caches).ours
+
     def read(self) -> float:
         """Sum a cache's bytes as fp32."""
         return sum(float(t.view(torch.float32).sum()) for t in next(self._next_read))
@@ -107,7 +112,7 @@ def make_case(
         block_table = block_table.sort().values
 
     def pages(x: Tensor) -> Tensor:
-        cache = torch.empty(tokens // PAGE, kv_heads, PAGE, dim, dtype=dtype)
+        cache = huge_pages.empty((tokens // PAGE, kv_heads, PAGE, dim), dtype)
         cache[block_table.long()] = x[0].unflatten(1, (-1, PAGE)).transpose(0, 1)
         return cache
 
@@ -142,11 +147,13 @@ def measure(
     }
     # 2 products of 2 operations over the visible (query, key) pairs; bytes of keys and values.
     flops = 4 * dim * q_heads * (case.tokens * q_tokens - q_tokens * (q_tokens - 1) / 2)
-    data = sum(t.nbytes for t in case.caches[0])
+    data, k_bytes = sum(t.nbytes for t in case.caches[0]), case.k.nbytes
     peers: dict[str, Callable[[], object]] = {}
     if what == "decode":
         peers["read the cache"] = case.read
         shape["caches"] = len(case.caches)
+        if k_bytes >= huge_pages.MIN_BYTES:
+            peers["ours, 4 KiB pages"] = case.in_small_pages()
     peers["sdpa enable_gqa"] = case.sdpa(expanded=False)
     peers["sdpa expanded"] = case.sdpa(expanded=True)
     rows = []
@@ -158,7 +165,7 @@ def measure(
         print(
             f"{what:8} {shape['dtype']:8} {case.tokens:7} tokens {shape['heads']:>5} x {dim:<3} "
             f"| {shape['pages']:12} | ours {row['ours_s'] * 1e3:9.2f} ms {row['rate']:7.1f} {unit} "
-            f"| {name:15} {row['peer_s'] * 1e3:9.2f} ms "
+            f"| {name:17} {row['peer_s'] * 1e3:9.2f} ms "
             f"| x {row['ratio']:.2f} ({row['ratio_min']:.2f} .. {row['ratio_max']:.2f})",
             flush=True,
         )

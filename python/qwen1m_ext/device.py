@@ -11,13 +11,14 @@ checks the rules.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from . import huge_pages
 from .memory import available_bytes
 
 STAGES = 3
@@ -51,6 +52,10 @@ class Device:
         """Memory that can still be taken; None: unknown."""
         return available_bytes()
 
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a cache, with any content."""
+        return huge_pages.empty(shape, dtype)
+
     def scope(self) -> AbstractContextManager[object]:
         """Around everything that queues work, on any thread."""
         return nullcontext()
@@ -73,6 +78,10 @@ class StreamDevice(Device):
         )  # on the device: order is kept by the queue
         self._used: int | None = None  # bytes of the step's stage; None: no step
         self._results: deque[Tensor] = deque()
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a cache, with any content."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.where)
 
     # --- what a device is -------------------------------------------------------------------------
 

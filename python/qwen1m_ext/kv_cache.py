@@ -165,7 +165,7 @@ class KVCache:
         widened: torch.dtype = torch.bfloat16,
         device: Device = CPU,
     ) -> None:
-        """Reserve address space for `max_tokens`; the system commits a page when it is written.
+        """Reserve address space for `max_tokens`; the system commits it when it is written.
 
         Args:
             config: shapes.
@@ -181,8 +181,8 @@ class KVCache:
         shape = (self.num_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
         layers = range(config.num_layers)
         where = device.where
-        self.k = [torch.empty(shape, dtype=dtype, device=where) for _ in layers]
-        self.v = [torch.empty(shape, dtype=dtype, device=where) for _ in layers]
+        self.k = [device.allocate(shape, dtype) for _ in layers]
+        self.v = [device.allocate(shape, dtype) for _ in layers]
         self.k_scale: Tensor | None = None  # [layers, kv_heads] float32, powers of two: fp8 only
         self.v_scale: Tensor | None = None
         self._widened: tuple[Tensor, Tensor] | None = None
@@ -190,7 +190,7 @@ class KVCache:
             self.k_scale, self.v_scale = (
                 torch.ones(config.num_layers, config.num_kv_heads, device=where) for _ in range(2)
             )
-            k, v = (torch.empty(shape, dtype=widened, device=where) for _ in range(2))
+            k, v = (device.allocate(shape, widened) for _ in range(2))
             self._widened = k, v
         self.allocator = BlockAllocator(self.num_pages)
         self.block_table = torch.zeros(max_seqs, self.num_pages, dtype=torch.int32)

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lib.checkpoints import model_config, write_checkpoint
-from qwen1m_ext import memory
+from qwen1m_ext import huge_pages, memory
 
 # In a process of its own: what earlier tests left in the heap would hide the growth.
 SCRIPT = """
@@ -71,3 +72,40 @@ def test_peak_is_at_least_what_is_resident() -> None:
     assert resident is not None and memory.peak_bytes() >= resident * 0.9
     available = memory.available_bytes()
     assert available is None or available > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32], ids=str)
+def test_a_tensor_in_huge_pages_is_a_tensor(dtype: torch.dtype) -> None:
+    """Nothing is committed before it is written, and it goes when the last view of it goes."""
+    shape = (4 * huge_pages.MIN_BYTES // dtype.itemsize // 512, 8, 64)
+    before = memory.resident_bytes()
+    tensor = huge_pages.empty(shape, dtype)
+    assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+    assert before is None or memory.resident_bytes() - before < tensor.nbytes // 8
+    rows = tensor[-3:]
+    rows.view(torch.uint8).fill_(56)
+    del tensor
+    assert rows.view(torch.uint8).eq(56).all()
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """VmFlags of the mapping in which an address lies; "hg": huge pages were asked for."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if "-" in name and not name.endswith(":"):
+            begin, end = (int(x, 16) for x in name.split("-"))
+            inside = begin <= address < end
+        elif inside and name == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages"
+)
+def test_large_tensors_ask_for_huge_pages() -> None:
+    large = huge_pages.empty((huge_pages.MIN_BYTES,), torch.uint8)
+    assert "hg" in flags_of_mapping(large.data_ptr() + large.nbytes // 2)
+    small = huge_pages.empty((huge_pages.MIN_BYTES // 2,), torch.uint8)
+    assert "hg" not in flags_of_mapping(small.data_ptr() + small.nbytes // 2)
