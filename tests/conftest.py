@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,18 @@ sys.path.insert(0, str(Path(__file__).parent))  # lib and reference, from any wo
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 DEVICES = ("cpu", "emu", "cuda")
+
+if find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    # The same examples every time, however slow the machine is. Others: --hypothesis-profile=random
+    fixed = settings(
+        derandomize=True, database=None, deadline=None, print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )  # fmt: skip
+    settings.register_profile("fixed", fixed)
+    settings.register_profile("random", fixed, derandomize=False)
+    settings.load_profile("fixed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -284,6 +284,12 @@ class EngineProcess:
     # --- on the thread that listens to the engine ------------------------------------------------
 
     def _take(self, batch: Batch) -> None:
+        # First how things stand after the items: who is woken by one may ask.
+        if batch.stats is not None and batch.statuses is not None:
+            self._stats = batch.stats
+            for name, status in batch.statuses.items():
+                if request := self._requests.get(name):
+                    request.status = status
         for item in batch.items:
             if isinstance(item, Reply | Beat):
                 continue
@@ -296,11 +302,6 @@ class EngineProcess:
                     self._release(request)
             elif request := self._requests.get(item[0]):
                 self._emit(request, item[1])
-        if batch.stats is not None and batch.statuses is not None:
-            self._stats = batch.stats
-            for name, status in batch.statuses.items():
-                if request := self._requests.get(name):
-                    request.status = status
 
     def _emit(self, request: _Open, event: Event) -> None:
         if isinstance(event, OutputDelta):

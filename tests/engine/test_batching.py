@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.hold import PATIENCE, held, together
 from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext.engine import Engine
 from qwen1m_ext.errors import BackendError, RequestError, WeightsError
@@ -78,7 +78,8 @@ def test_a_mixed_load_gives_what_each_request_gives_alone(engine: Engine, alone)
             ]
         )
     ]
-    handles = [engine.submit(prompt, params) for prompt, params in plan]
+    with held(engine):
+        handles = [engine.submit(prompt, params) for prompt, params in plan]
     for handle, (prompt, params) in zip(handles, plan, strict=True):
         output = handle.result()
         assert samples(output) == alone(prompt, params)
@@ -93,7 +94,8 @@ def test_recomputed_output_keeps_each_tokens_temperature(checkpoint: Path, engin
     params = greedy(300, logprobs=0)
     fresh = LLM(checkpoint, max_model_len=1024, enable_prefix_caching=False)
     prompts = [prompt_ids(200, 30 + i) for i in range(4)]
-    handles = [engine.submit(p, params) for p in prompts]
+    with held(engine):
+        handles = [engine.submit(p, params) for p in prompts]
     for handle, prompt in zip(handles, prompts, strict=True):
         got, want = handle.result(), fresh.generate({"prompt_token_ids": prompt}, params)[0]
         assert samples(got) == samples(want)
@@ -106,7 +108,8 @@ def test_recomputed_output_keeps_each_tokens_temperature(checkpoint: Path, engin
 def test_llm_generate_runs_prompts_together(checkpoint: Path, alone) -> None:
     llm = LLM(checkpoint, max_model_len=1024)
     prompts = [prompt_ids(length, length) for length in (5, 90, 200, 33)]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], greedy())
+    with together(llm.engine, len(prompts)):
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], greedy())
     assert [samples(o) for o in outputs] == [alone(p, greedy()) for p in prompts]
     assert llm.engine.stats().steps_total < 30  # 4 x 20 tokens would be 80 one by one
 
@@ -149,18 +152,19 @@ def test_a_cancelled_prefill_is_resumed(engine: Engine, alone) -> None:
     """An identical retry goes on at the last finished chunk."""
     prompt = prompt_ids(900, 7)
     seen: list[Progress] = []
-    reached = threading.Event()
+    reached, cancelled = threading.Event(), threading.Event()
 
     def watch(progress: Progress) -> None:
         seen.append(progress)
         if progress.done > 300:
             reached.set()
-            time.sleep(0.05)  # the cancellation arrives while the chunk runs
+            assert cancelled.wait(PATIENCE)  # while the chunk runs
 
     handle = engine.submit(prompt, greedy(), on_progress=watch)
-    assert reached.wait(30)
+    assert reached.wait(PATIENCE)
     handle.cancel()
-    assert handle.wait(30) and seen[-1].done < 900
+    cancelled.set()
+    assert handle.wait(PATIENCE) and seen[-1].done < 900
     events = list(handle.events())
     assert isinstance(events[-1], Finished) and events[-1].cancelled and not events[-1].error
     assert [e.finish_reason for e in events if isinstance(e, OutputDelta)] == ["abort"]
@@ -173,11 +177,21 @@ def test_a_cancelled_prefill_is_resumed(engine: Engine, alone) -> None:
 
 def test_cancelling_one_request_leaves_the_others_alone(engine: Engine, alone) -> None:
     prompts = [prompt_ids(150, 20 + i) for i in range(5)]
-    handles = [engine.submit(p, greedy(60)) for p in prompts]
+    cancelled = threading.Event()
+
+    def wait_after_three(output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        assert len(output) < 4 or cancelled.wait(PATIENCE)
+        return logits
+
+    handles = []
+    for i, prompt in enumerate(prompts):
+        processor = (lambda _: wait_after_three) if i == 2 else None
+        handles.append(engine.submit(prompt, greedy(60), logits_processor=processor))
     stream = handles[2].outputs()
     for _ in range(3):
         next(stream)
     handles[2].cancel()
+    cancelled.set()
     last = list(stream)[-1]
     assert last.finished and last.outputs[0].finish_reason == "abort"
     want = alone(prompts[2], greedy(60))[0]
@@ -197,7 +211,7 @@ def test_a_stop_is_exact_although_it_is_learnt_late(engine: Engine, alone) -> No
     handle = engine.submit(prompt, params, session=session)
     output = handle.result()
     assert output.outputs[0].token_ids == want[: first + 1]
-    assert output.outputs[0].stop_reason == stop and handle.wait(30)
+    assert output.outputs[0].stop_reason == stop and handle.wait(PATIENCE)
     assert session.token_ids == prompt + want[:first]
     assert session.sequence.length == len(session.token_ids)
     session.close()
@@ -238,7 +252,7 @@ def test_many_threads_submit_and_cancel(engine: Engine, alone) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(PATIENCE)
     assert not failures and not any(thread.is_alive() for thread in threads)
     assert sum(engine.stats().requests_finished.values()) == 64
 
@@ -246,7 +260,7 @@ def test_many_threads_submit_and_cancel(engine: Engine, alone) -> None:
 def test_events_come_in_order(engine: Engine) -> None:
     events: list[Event] = []
     handle = engine.submit(prompt_ids(300, 80), greedy(5), on_event=events.append)
-    assert handle.wait(30)
+    assert handle.wait(PATIENCE)
     kinds = [type(event) for event in events]
     assert kinds == [Progress] * 6 + [OutputDelta] * 5 + [Finished]
     progress = [e for e in events if isinstance(e, Progress)]
@@ -263,14 +277,14 @@ def test_status_goes_through_its_states(engine: Engine) -> None:
     ready = threading.Event()
 
     def watch(event: Event) -> None:
-        assert ready.wait(10)
+        assert ready.wait(PATIENCE)
         states.append(handles[0].status().state)
 
     handles.append(engine.submit(prompt_ids(200, 81), greedy(5), on_event=watch))
     queued = engine.submit(prompt_ids(200, 82), greedy(2))
     assert queued.status().eta is not None and queued.status().total == 200
     ready.set()
-    assert handles[0].wait(30)
+    assert handles[0].wait(PATIENCE)
     assert states == sorted(states, key=["queued", "prefill", "decode", "finished"].index)
     assert {"prefill", "decode"} <= set(states) and handles[0].status().state == "finished"
     queued.result()
@@ -287,7 +301,7 @@ def test_a_callback_that_raises_fails_its_request_only(engine: Engine, kind: typ
 
     handle = engine.submit(prompt_ids(200, 83), greedy(50), on_event=bad)
     fine = engine.submit(prompt_ids(150, 84), greedy(5))
-    assert len(fine.result().outputs[0].token_ids) == 5 and handle.wait(30)
+    assert len(fine.result().outputs[0].token_ids) == 5 and handle.wait(PATIENCE)
     assert engine.stats().requests_finished == {"length": 1, "error": 1}
 
 
@@ -338,17 +352,19 @@ def test_pins_outlive_other_prompts(engine: Engine) -> None:
     assert engine.unpin("book") and not engine.unpin("book")
 
 
-def test_shutdown_drains_or_cancels(checkpoint: Path) -> None:
-    for drain in (True, False):
-        engine = Engine(checkpoint, max_model_len=1024)
+@pytest.mark.parametrize("drain", [True, False])
+def test_shutdown_drains_or_cancels(checkpoint: Path, drain: bool) -> None:
+    engine = Engine(checkpoint, max_model_len=1024)
+    requests = engine._core.requests
+    with held(engine, lambda: drain or all(r.stopped for r in tuple(requests.values()))):
         handles = [engine.submit(prompt_ids(50, i), greedy(200)) for i in range(3)]
         engine.shutdown(drain)
-        reasons = {handle.result().outputs[0].finish_reason for handle in handles}
-        assert reasons == {"length"} if drain else "abort" in reasons
-        assert all(handle.wait(0) for handle in handles)
-        engine.shutdown()
-        with pytest.raises(BackendError, match="shut down"):
-            engine.submit([1], greedy())
+    reasons = {handle.result().outputs[0].finish_reason for handle in handles}
+    assert reasons == {"length" if drain else "abort"}
+    assert all(handle.wait(0) for handle in handles)
+    engine.shutdown()
+    with pytest.raises(BackendError, match="shut down"):
+        engine.submit([1], greedy())
 
 
 def test_an_engine_that_nobody_holds_ends_its_threads(checkpoint: Path) -> None:
@@ -361,7 +377,7 @@ def test_an_engine_that_nobody_holds_ends_its_threads(checkpoint: Path) -> None:
     del llm
     gc.collect()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
     gc.collect()
     assert weights() is None
@@ -375,9 +391,10 @@ def test_bad_engine_arguments(checkpoint: Path) -> None:
 
 
 def test_a_request_id_is_used_once_at_a_time(engine: Engine) -> None:
-    handle = engine.submit(prompt_ids(400, 97), greedy(50), request_id="mine")
-    with pytest.raises(RequestError, match="request_id: expected a new one, got 'mine'"):
-        engine.submit([1], greedy(), request_id="mine")
+    with held(engine):
+        handle = engine.submit(prompt_ids(400, 97), greedy(50), request_id="mine")
+        with pytest.raises(RequestError, match="request_id: expected a new one, got 'mine'"):
+            engine.submit([1], greedy(), request_id="mine")
     handle.cancel()
-    assert handle.wait(30)
+    assert handle.wait(PATIENCE)
     assert engine.submit([1], greedy(3), request_id="mine").result().request_id == "mine"

@@ -95,7 +95,7 @@ def test_a_few_short_steps_scale_the_counted_proportions(config) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     begin=st.integers(0, 1_000_000),
     seconds=st.floats(1e-4, 1e4),

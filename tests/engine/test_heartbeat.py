@@ -78,7 +78,7 @@ def test_a_timeout_that_is_none(timeout):
 def test_every_layer_of_a_real_step_is_progress():
     """Each layer takes almost the timeout, the step far more; then one takes too long."""
     engine = Engine(demo_model_path(), dtype="float32", max_model_len=2048)
-    observer = engine.observer(1000.0)
+    observer = Observer({"model runner": engine._core.runner.pulse}, lambda: True, 1000.0)
     seen: list[str | None] = []
     ticks = [999] * 3 + [1001]
 
@@ -90,4 +90,4 @@ def test_every_layer_of_a_real_step_is_progress():
     engine.submit("x" * 1000, params, on_progress=on_progress).result()
     assert seen == [None] * 3 + ["its model runner made no progress for 1000 s"]
     engine.shutdown()
-    assert not any(looks(observer, 2000))
+    assert not any(looks(engine.observer(1000.0), 2000))

@@ -27,7 +27,7 @@ def test_allocate_takes_all_or_nothing() -> None:
     assert allocator.num_free == 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 400)), max_size=30))
 def test_no_two_tokens_share_a_slot(checkpoint: Path, steps: list[tuple[int, int]]) -> None:
     """Whatever is appended and cut, live tokens have distinct slots and pages come back."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lib.checkpoints import model_config, write_checkpoint
+from lib.hold import PATIENCE, together
 from qwen1m_ext import LLM, SamplingParams, offload, ops
 from qwen1m_ext.config import read_config
 from qwen1m_ext.errors import BackendError, ConfigError
@@ -121,7 +122,8 @@ def test_many_requests_at_once_with_preemption(plain: LLM, offloaded: LLM) -> No
     ]
     params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
     want = [plain.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts]
-    got = [output.outputs[0].token_ids for output in offloaded.generate(prompts, params)]
+    with together(offloaded.engine, len(prompts)):
+        got = [output.outputs[0].token_ids for output in offloaded.generate(prompts, params)]
     assert got == want
     assert offloaded.engine.stats().preemptions_total > 0
 
@@ -252,7 +254,7 @@ def test_the_next_layer_comes_while_this_one_computes(tight: LLM) -> None:
         layer = calls % LAYERS
         calls += 1
         needed = LAYERS * (calls // LAYERS) + min(LAYERS, layer + 2) if layer + 1 < LAYERS else 0
-        end = time.perf_counter() + 10
+        end = time.perf_counter() + PATIENCE
         while sum(t.kind == "load" for t in list(trace)) < needed:
             time.sleep(0.001)
             if time.perf_counter() > end:

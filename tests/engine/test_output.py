@@ -30,7 +30,7 @@ def run(tokenizer: Tokenizer, ids: list[int], **params: object) -> tuple[OutputB
     return builder, shown
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.text(alphabet="abé", max_size=25),
     stops=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, max_size=3),

@@ -62,7 +62,7 @@ request_plans = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     plans=request_plans,
     pages=st.integers(8, 24),

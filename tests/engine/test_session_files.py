@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.checkpoints import model_config, write_checkpoint
+from lib.hold import PATIENCE
 from qwen1m_ext import SamplingParams
 from qwen1m_ext.cli import main
 from qwen1m_ext.engine import Engine
@@ -46,7 +47,7 @@ def engine(checkpoint):
 def ask(engine, session, prompt):
     handle = engine.submit(prompt, GREEDY, session=session)
     output = handle.result()
-    assert handle.wait(10)
+    assert handle.wait(PATIENCE)
     return output.outputs[0].token_ids, output.num_cached_tokens
 
 
@@ -101,9 +102,7 @@ def test_nothing_of_others_gets_into_a_file(engine, tmp_path):
     assert marker not in (tmp_path / "short.q1ms").read_bytes()
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_changed_byte_is_noticed(engine, saved, tmp_path, data):
     good = (saved[0] / "book.q1ms").read_bytes()
@@ -249,7 +248,7 @@ def test_what_interrupts_a_save_leaves_the_old_file(engine, checkpoint, saved, t
         [sys.executable, "-c", WRITER, str(checkpoint), str(tmp_path), how],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     left = [p.name for p in tmp_path.iterdir() if p.name != "book.q1ms"]
     if how == "full":

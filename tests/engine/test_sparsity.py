@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.checkpoints import model_config, write_checkpoint
+from lib.hold import PATIENCE, held, together
 from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext.config import DualChunkConfig
 from qwen1m_ext.cost_model import CostModel, prefill_flops
 from qwen1m_ext.errors import ConfigError, RequestError
+from qwen1m_ext.events import Progress
 from qwen1m_ext.request import RequestOutput
 from qwen1m_ext.sequence import AttentionPolicy
 from qwen1m_ext.sparse_config import FILE_NAME, HeadBudget, SparseConfig, SparseSettings
@@ -222,8 +225,9 @@ def test_sparse_and_dense_prompts_run_in_one_batch(deep: Path) -> None:
         SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=3, attention=kind)
         for kind in kinds
     ]  # fmt: skip
-    together = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
-    for output, prompt, kind in zip(together, prompts, kinds, strict=True):
+    with together(llm.engine, len(prompts)):
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
+    for output, prompt, kind in zip(outputs, prompts, kinds, strict=True):
         same(output, run(llm, prompt, attention=kind), 1e-3)
         assert output.metrics.sparse == (kind == "sparse")
 
@@ -241,21 +245,32 @@ def test_sparse_results_do_not_depend_on_the_load(deep: Path) -> None:
             attention=attention,
         ))
         for seed, (length, n, tokens, attention) in enumerate(
-            [(700, 1, 60, "sparse"), (450, 3, 20, "sparse"), (500, 1, 40, "dense"),
-             (130, 1, 90, "sparse"), (650, 1, 80, "sparse")]
+            [(700, 1, 60, "sparse"),
+             # six that begin together in all 12 pages and want 18 at their end
+             *((130 + i, 1, 140, "dense" if i == 2 else "sparse") for i in range(6)),
+             (450, 3, 20, "sparse"), (500, 1, 40, "dense"), (650, 1, 80, "sparse")]
         )
     ]  # fmt: skip
-    cancelled = busy.submit(*plan[0])
-    while cancelled.status().done < 400:
-        assert cancelled.status().state != "finished"
+    reached, stopped = threading.Event(), threading.Event()
+
+    def wait_at_400(progress: Progress) -> None:
+        if progress.done >= 400:
+            reached.set()
+            assert stopped.wait(PATIENCE)
+
+    cancelled = busy.submit(*plan[0], on_progress=wait_at_400)
+    assert reached.wait(PATIENCE)
     cancelled.cancel()
-    assert cancelled.wait(30)
-    handles = [busy.submit(prompt, params) for prompt, params in plan]
+    stopped.set()
+    assert cancelled.wait(PATIENCE)
+    handles = [busy.submit(*plan[0])]
+    assert handles[0].wait(PATIENCE) and handles[0].status().cached >= 384
+    with held(busy):
+        handles += [busy.submit(prompt, params) for prompt, params in plan[1:]]
     for handle, (prompt, params) in zip(handles, plan, strict=True):
         got = handle.result()
         want = alone.generate({"prompt_token_ids": prompt}, params)[0]
         assert [o.token_ids for o in got.outputs] == [o.token_ids for o in want.outputs]
-    assert handles[0].status().cached >= 384
     assert busy.stats().preemptions_total > 0
 
 

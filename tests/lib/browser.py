@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -13,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PATIENCE = 300.0
+"""Seconds until a wait is given up. Only a broken page meets it, however slow the machine is."""
 
 
 def find_browser() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
+class Refused(AssertionError):
+    """What the browser or the page's script says to a call."""
+
+
 class Browser:
-    """One page. Calls raise AssertionError with what the page's script raised."""
+    """One page. Calls raise `Refused`."""
 
     def __init__(self, profile: Path, width: int = 1200, height: int = 800) -> None:
         to_browser, self._write = os.pipe()
@@ -49,8 +57,7 @@ class Browser:
         self._numbers = itertools.count(1)
         self._buffer = b""
         self.console: list[str] = []  # errors that the page has logged
-        targets = self._call("Target.getTargets")["targetInfos"]
-        page = next(t["targetId"] for t in targets if t["type"] == "page")
+        page = self._call("Target.createTarget", url="about:blank")["targetId"]
         attached = self._call("Target.attachToTarget", targetId=page, flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "DOM", "Log"):
@@ -78,7 +85,8 @@ class Browser:
         while True:
             reply = self._receive()
             if reply.get("id") == number:
-                assert "error" not in reply, reply
+                if "error" in reply:
+                    raise Refused(reply)
                 return reply["result"]
             if reply.get("method") == "Runtime.exceptionThrown":
                 self.console.append(str(reply["params"]["exceptionDetails"]))
@@ -89,6 +97,8 @@ class Browser:
 
     def _receive(self) -> Any:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], PATIENCE)
+            assert ready, "the browser says nothing"
             data = os.read(self._read, 1 << 20)
             assert data, "the browser has ended"
             self._buffer += data
@@ -100,19 +110,25 @@ class Browser:
         reply = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
-        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
+        if "exceptionDetails" in reply:
+            raise Refused(reply["exceptionDetails"])
         return reply["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 60) -> Any:
-        """The first true value of an expression."""
-        end = time.monotonic() + seconds
+    def wait(self, script: str) -> Any:
+        """The first true value of an expression, which may fail before, as while a page loads."""
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            value = self.evaluate(script)
-            if value:
-                return value
+            with contextlib.suppress(Refused):
+                if value := self.evaluate(script):
+                    return value
             time.sleep(0.05)
         text = self.evaluate("document.body.innerText")
         raise AssertionError(f"{script!r} did not become true; the page says: {text}")
+
+    def click(self, selector: str, index: int = 0) -> None:
+        """Click on an element as soon as it is there and can be clicked on."""
+        element = f"document.querySelectorAll({json.dumps(selector)})[{index}]"
+        self.wait(f"(e => e && !e.disabled && (e.click(), true))({element})")
 
     def choose_file(self, selector: str, path: Path) -> None:
         """Give a file to an <input type=file>, as a user does."""

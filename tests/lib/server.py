@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,37 +22,71 @@ ARGUMENTS = ("--dtype", "float32", "--max-model-len", "64k", "--prefill-chunk-to
 """Of the server that most tests share."""
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+PATIENCE = 300.0
+"""Seconds until a wait is given up. Only a broken server meets it, however slow the machine is."""
+
+HOLDABLE = Path(__file__).with_name("held_engine_worker.py")
 
 
 class ServerProcess:
     """Started by entering it, ready then; killed at the end if it has not ended by itself."""
 
-    def __init__(self, log: Path, *arguments: str, key: str | None = None) -> None:
-        self.port, self.log, self.key = free_port(), log, key
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._command = [sys.executable, "-m", "qwen1m_ext", "serve", "--port", str(self.port)]
-        self._command += arguments + (("--api-key", key) if key else ())
+    port: int
+    url: str
+
+    def __init__(
+        self, log: Path, *arguments: str, key: str | None = None, holdable: bool = False
+    ) -> None:
+        """`holdable`: `hold` works, by a few lines of held_engine_worker.py in the engine."""
+        self.log, self.key = log, key
+        self._hold = log.with_suffix(".hold") if holdable else None
+        self._command = [sys.executable, *([str(HOLDABLE)] if holdable else ["-m", "qwen1m_ext"])]
+        self._command += ["serve", "--port", "0", "--engine-timeout-seconds", str(PATIENCE)]
+        self._command += arguments
+        self._command += ["--api-key", key] if key else []
 
     def __enter__(self) -> ServerProcess:
         environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment["QWEN1M_HOLD"] = str(self._hold)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 self._command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 raise AssertionError(f"the server has ended: {self.log.read_text()[-3000:]}")
-            try:
-                self.get("/ready")
+            if found := re.search(r" is ready at (http://\S+:(\d+)) ", self.log.read_text()):
+                self.url, self.port = found[1], int(found[2])
                 return self
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError(f"the server is not ready after 120 s: {self.log.read_text()[-3000:]}")
+            time.sleep(0.1)
+        self.__exit__()
+        raise AssertionError(f"the server is not ready: {self.log.read_text()[-3000:]}")
+
+    def hold(self, what: int | str) -> None:
+        """From now on no prompt gets beyond so many tokens, and while one waits nothing runs.
+
+        "load": no engine begins to load; "watch": a silent one is not noticed. A cancelled request
+        does not wait.
+        """
+        assert self._hold is not None, "the server was not started as holdable"
+        new = self._hold.with_suffix(".new")
+        new.write_text(str(what))
+        new.replace(self._hold)
+
+    def go_on(self) -> None:
+        """The end of `hold`."""
+        assert self._hold is not None, "the server was not started as holdable"
+        self._hold.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def held(self, what: int | str) -> Iterator[None]:
+        """`hold` within a block."""
+        self.hold(what)
+        try:
+            yield
+        finally:
+            self.go_on()
 
     @property
     def engine_pid(self) -> int | None:
@@ -68,23 +102,12 @@ class ServerProcess:
                     return int(child)
         return None
 
-    @contextlib.contextmanager
-    def engine_halted(self) -> Iterator[None]:
-        """Within it the engine's process stands still, as if it computed for ever."""
-        pid = self.engine_pid
-        assert pid is not None, "there is no engine to halt"
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(pid, signal.SIGCONT)
-
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
-    def request(self, method: str, path: str, body: Any = None, timeout: float = 60) -> Any:
+    def request(self, method: str, path: str, body: Any = None, timeout: float = PATIENCE) -> Any:
         """JSON in, JSON out. Raises urllib.error.HTTPError for an error status."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
@@ -105,7 +128,7 @@ class ServerProcess:
         return self.request("DELETE", path)
 
     def client(self, **options: Any) -> OpenAI:
-        options = {"max_retries": 0, "timeout": 120} | options
+        options = {"max_retries": 0, "timeout": PATIENCE} | options
         return OpenAI(base_url=self.url + "/v1", api_key=self.key or "none", **options)
 
     def metric(self, name: str) -> float:
@@ -115,8 +138,8 @@ class ServerProcess:
         assert values, f"no metric {name}"
         return sum(map(float, values))
 
-    def settled(self, name: str, value: float, seconds: float = 20) -> bool:
-        """Whether a metric reaches a value in time."""
+    def settled(self, name: str, value: float, seconds: float = PATIENCE) -> bool:
+        """Whether a metric reaches a value."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.metric(name) == value:
@@ -124,16 +147,22 @@ class ServerProcess:
             time.sleep(0.05)
         return False
 
+    def idle(self) -> None:
+        """Wait until no request is left, and nothing that one held."""
+        wait_for(lambda: self.get("/v1/requests")["data"] == [])
+        assert self.settled("qwen1m:num_requests_running", 0)
+        assert self.settled("qwen1m:num_requests_waiting", 0)
 
-def wait_for(predicate: Callable[[], Any], seconds: float = 30) -> Any:
-    """The first true value of a predicate; an AssertionError if there is none in time."""
+
+def wait_for(predicate: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """The first true value of a predicate; an AssertionError if there is none."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = predicate()
         if value:
             return value
         time.sleep(0.02)
-    raise AssertionError("it did not happen in time")
+    raise AssertionError("it has not happened")
 
 
 def open_files(pid: int) -> int:

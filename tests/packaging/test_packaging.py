@@ -76,7 +76,9 @@ def test_the_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
     for name in kept:
         shutil.copy(ROOT / name, copy)
     for folder in ("python", "csrc", "include"):
-        shutil.copytree(ROOT / folder, copy / folder)
+        # without what other tests may be writing at the moment
+        built = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+        shutil.copytree(ROOT / folder, copy / folder, ignore=built)
     code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
     run = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

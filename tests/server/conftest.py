@@ -27,7 +27,8 @@ def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, session_dir: Path) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with ServerProcess(log, *ARGUMENTS, "--session-dir", str(session_dir)) as process:
+    arguments = (*ARGUMENTS, "--session-dir", str(session_dir))
+    with ServerProcess(log, *arguments, holdable=True) as process:
         yield process
 
 

@@ -6,8 +6,10 @@ import http.client
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from lib.server import PATIENCE
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(
@@ -62,7 +64,7 @@ def bodies(draw):
 
 
 def post(server, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     connection.request("POST", path, body, headers)
     response = connection.getresponse()
     text = response.read()
@@ -80,22 +82,14 @@ def check(status: int, text: bytes) -> None:
         assert b'"server_error"' not in text
 
 
-def fuzz(examples: int):
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
-
-
-@fuzz(80)
+@settings(max_examples=80)
 @given(case=bodies())
 def test_any_fields(server, case):
     path, body = case
     check(*post(server, path, body, {"Content-Type": "application/json"}))
 
 
-@fuzz(40)
+@settings(max_examples=40)
 @given(body=st.binary(max_size=200) | VALUES.map(lambda v: json.dumps(v).encode()),
        kind=st.sampled_from(["application/json", "text/plain", ""]),
        path=st.sampled_from([*sorted(GOOD), "/v1/sessions"]))  # fmt: skip
@@ -133,7 +127,7 @@ def test_bodies_that_break_parsers(server, body):
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "HEAD", "OPTIONS", "BREW"])
 def test_other_methods(server, method):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     connection.request(method, "/v1/chat/completions")
     response = connection.getresponse()
     text = response.read()
@@ -144,7 +138,7 @@ def test_other_methods(server, method):
 
 
 @pytest.mark.soak
-@fuzz(1000)
+@settings(max_examples=1000)
 @given(case=bodies())
 def test_any_fields_for_long(server, case):
     path, body = case

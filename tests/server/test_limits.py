@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 
 import openai
 import pytest
 
-from lib.server import ServerProcess
+from lib.server import PATIENCE, ServerProcess, wait_for
 from qwen1m_ext import demo_model_path
 
 SMALL = ("--max-model-len", "4096", "--prefill-chunk-tokens", "512")
@@ -26,7 +25,7 @@ def small(tmp_path_factory):
     """A server with a key, one sequence at a time, and a queue of two."""
     log = tmp_path_factory.mktemp("small") / "log"
     arguments = (*SMALL, "--max-num-seqs", "1", "--max-queue", "2")
-    with ServerProcess(log, *arguments, key="s3cret") as process:
+    with ServerProcess(log, *arguments, key="s3cret", holdable=True) as process:
         yield process
 
 
@@ -34,7 +33,7 @@ def test_a_key_is_asked_for(small):
     assert small.client().models.list().data
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"},
                     {"Authorization": "Bearer s3cre\xfc"}):  # fmt: skip
-        connection = http.client.HTTPConnection("127.0.0.1", small.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", small.port, timeout=PATIENCE)
         for path in ("/v1/models", "/v1/sessions", "/v1/requests", "/openapi.json", "/nowhere"):
             connection.request("GET", path, headers=headers)
             response = connection.getresponse()
@@ -52,7 +51,7 @@ def test_a_key_is_asked_for(small):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_is_too_large(server, chunked):
     body = json.dumps({"prompt": "x" * 3_000_000}).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     pieces = (body[i : i + 65536] for i in range(0, len(body), 65536))
     with contextlib.suppress(OSError):  # the server answers before all is sent
         connection.request(
@@ -72,48 +71,49 @@ def test_a_body_that_is_too_large(server, chunked):
 def test_a_full_queue_is_refused_with_a_time(small):
     client = small.client()
     options = dict(model="demo_model", max_tokens=3000, extra_body={"ignore_eos": True})
-    streams = []
-    for i in range(3):  # one runs, two wait
-        streams.append(client.completions.create(prompt=f"{i}", stream=True, **options))
-        if i == 0:
-            next(iter(streams[0]))
-    assert small.settled("qwen1m:num_requests_waiting", 2)
-    with pytest.raises(openai.RateLimitError) as caught:
-        client.completions.create(prompt="more", **options)
-    assert caught.value.code == "queue_full"
-    assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 60
-    for stream in streams:
-        stream.close()
-    assert small.settled("qwen1m:num_requests_waiting", 0)
+    with small.held(0):
+        streams = []
+        for i in range(3):  # one runs, two wait
+            streams.append(client.completions.create(prompt=f"{i}", stream=True, **options))
+            assert small.settled("qwen1m:num_requests_running", 1)
+        assert small.settled("qwen1m:num_requests_waiting", 2)
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(prompt="more", **options)
+        assert caught.value.code == "queue_full"
+        assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 60
+        for stream in streams:
+            stream.close()
+        small.idle()
     assert client.completions.create(model="demo_model", prompt="x", max_tokens=1).choices
 
 
+def is_draining(server: ServerProcess) -> bool:
+    try:
+        server.get("/ready")
+    except urllib.error.HTTPError as error:
+        assert error.code == 503 and error.headers["Retry-After"]
+        return True
+    return False
+
+
 def test_a_draining_server_finishes_what_it_has_begun(tmp_path):
-    with ServerProcess(tmp_path / "log", *SMALL) as server:
+    with ServerProcess(tmp_path / "log", *SMALL, holdable=True) as server:
         client = server.client()
-        stream = client.completions.create(
-            model="demo_model", prompt="x", max_tokens=400, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        chunks = [next(stream)]
-        server.process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            try:
-                server.get("/ready")
-            except urllib.error.HTTPError as error:
-                assert error.code == 503 and error.headers["Retry-After"]
-                break
-        else:
-            raise AssertionError("still ready after SIGTERM")
-        assert server.get("/health")["status"] == "draining"
-        with pytest.raises(openai.InternalServerError, match="shutting down"):
-            client.completions.create(model="demo_model", prompt="x", max_tokens=1)
-        chunks += stream
+        with server.held(0):
+            stream = client.completions.create(
+                model="demo_model", prompt="x", max_tokens=400, stream=True,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            server.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: is_draining(server))
+            assert server.get("/health")["status"] == "draining"
+            with pytest.raises(openai.InternalServerError, match="shutting down"):
+                client.completions.create(model="demo_model", prompt="x", max_tokens=1)
+        chunks = list(stream)
         assert sum(len(c.choices) for c in chunks) >= 400
         assert chunks[-1].choices[0].finish_reason == "length"
         client.close()
-        assert server.process.wait(30) == 0
+        assert server.process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize(
@@ -121,19 +121,16 @@ def test_a_draining_server_finishes_what_it_has_begun(tmp_path):
 )
 def test_draining_can_be_cut_short(tmp_path, how):
     seconds = "600" if how == "second signal" else "0.5"
-    with ServerProcess(tmp_path / "log", *SMALL, "--drain-seconds", seconds) as server:
-        stream = server.client().completions.create(
-            model="demo_model", prompt="x", max_tokens=4000, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        next(stream)
+    arguments = (*SMALL, "--drain-seconds", seconds)
+    with ServerProcess(tmp_path / "log", *arguments, holdable=True) as server, server.held(0):
+        stream = server.client().completions.create(model="demo_model", prompt="x", stream=True)
         server.process.send_signal(signal.SIGTERM)
         if how == "second signal":
-            time.sleep(0.3)
+            wait_for(lambda: is_draining(server))
             server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError):  # the stream says that it was cancelled
             list(stream)
-        assert server.process.wait(30) == 0
+        assert server.process.wait(PATIENCE) == 0
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
@@ -142,7 +139,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
         [sys.executable, "-m", "qwen1m_ext", "serve", "--model", str(tmp_path), "--port", "0"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert run.returncode == 2 and "tokenizer.json: file not found" in run.stderr
     assert "Traceback" not in run.stderr
@@ -150,7 +147,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
 
 def test_slow_readers_do_not_hold_up_others(server, client):
     """A client that never reads its stream: the kernel's buffers fill, the others go on."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     body = {"prompt": "x", "max_tokens": 3000, "stream": True, "ignore_eos": True, "logprobs": 5}
     connection.request(
         "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
@@ -163,9 +160,9 @@ def test_slow_readers_do_not_hold_up_others(server, client):
         done.set()
 
     threading.Thread(target=others, daemon=True).start()
-    assert done.wait(60)
+    assert done.wait(PATIENCE)
     connection.close()
-    assert server.settled("qwen1m:num_requests_running", 0)
+    server.idle()
 
 
 def test_a_port_that_is_taken(server):
@@ -173,6 +170,6 @@ def test_a_port_that_is_taken(server):
         [sys.executable, "-m", "qwen1m_ext", "serve", "--port", str(server.port)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert run.returncode == 2 and f"cannot listen on 127.0.0.1:{server.port}" in run.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lib.browser import Browser, find_browser
+from lib.server import wait_for
 from qwen1m_ext.haystack import make_sample
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
@@ -44,19 +45,20 @@ def test_read_ask_save_and_load(server, browser, tmp_path):
     browser.call("Page.navigate", url=server.url + "/")
     browser.wait("document.getElementById('facts')?.textContent.includes('65,536')")
     assert "Dual Chunk Attention" in browser.evaluate(TEXT)
-    browser.choose_file("#file", tmp_path / "alice.txt")
-    progress = browser.wait(
-        "/^(?!100)[1-9]\\d? %.*left/.test(document.getElementById('progress-text').textContent)"
-        " && document.getElementById('progress-text').textContent"
-    )
-    assert "of " in progress and " s left" in progress
-    assert 0 < browser.evaluate("document.getElementById('bar').value") < 1
-    shoot(browser, "reading")
+    with server.held(8192):
+        browser.choose_file("#file", tmp_path / "alice.txt")
+        progress = browser.wait(
+            "/^(?!100)[1-9]\\d? %.*left/.test(document.getElementById('progress-text').textContent)"
+            " && document.getElementById('progress-text').textContent"
+        )
+        assert "of " in progress and re.search(r" (s|min \d+ s) left", progress)
+        assert 0 < browser.evaluate("document.getElementById('bar').value") < 1
+        shoot(browser, "reading")
     browser.wait("document.getElementById('progress-text').textContent.startsWith('Read: ')")
 
     browser.evaluate("document.getElementById('question').focus()")
     browser.type(sample.question)
-    browser.evaluate("document.getElementById('send').click()")
+    browser.click("#send")
     figures = browser.wait(
         "document.querySelector('.turn small') && document.querySelector('.turn small').textContent"
     )
@@ -69,23 +71,25 @@ def test_read_ask_save_and_load(server, browser, tmp_path):
 
     name = browser.evaluate("state.session")
     assert name.startswith("alice.txt-")
-    browser.evaluate("document.querySelector('#open button').click()")  # Save
+    server.idle()  # the session is not in use any more
+    browser.click("#open button")  # Save
     browser.wait("document.querySelectorAll('#saved .session').length === 1")
-    browser.evaluate("document.querySelectorAll('#open button')[1].click()")  # Close
+    browser.click("#open button", 1)  # Close
     browser.wait("document.getElementById('open').textContent === 'none'")
-    browser.evaluate("document.querySelector('#saved button').click()")  # Load
+    browser.click("#saved button")  # Load
     browser.wait(f"document.getElementById('chat').textContent.includes('{name}')")
     browser.evaluate("document.getElementById('question').focus()")
     browser.type("And what else?")
-    browser.evaluate("document.getElementById('send').click()")
+    browser.click("#send")
     figures = browser.wait(
         "document.querySelector('.turn small') && document.querySelector('.turn small').textContent"
     )
     assert number_before("cached", figures) > 0.99 * tokens
     shoot(browser, "loaded")
-    browser.evaluate("document.querySelectorAll('#saved button')[1].click()")  # Delete
+    browser.click("#saved button", 1)  # Delete
     browser.wait("document.getElementById('saved').textContent === 'none'")
-    browser.evaluate("document.querySelectorAll('#open button')[1].click()")
+    server.idle()
+    browser.click("#open button", 1)
     browser.wait("document.getElementById('open').textContent === 'none'")
 
 
@@ -93,14 +97,19 @@ def test_stop_and_resume(server, browser, tmp_path):
     (tmp_path / "long.txt").write_text(make_sample(30_000, seed=6).prompt)
     browser.call("Page.navigate", url=server.url + "/")
     browser.wait("document.getElementById('facts')?.textContent.includes('65,536')")
-    browser.choose_file("#file", tmp_path / "long.txt")
-    browser.wait("document.getElementById('bar').value > 0.2")
-    browser.evaluate("document.getElementById('stop').click()")
-    browser.wait("document.getElementById('progress-text').textContent === 'Stopped'")
-    assert server.settled("qwen1m:num_requests_running", 0, 10)
-    shoot(browser, "stopped")
-    browser.choose_file("#file", tmp_path / "long.txt")  # the same again: goes on from there
-    browser.wait("/of them cached/.test(document.getElementById('progress-text').textContent)")
-    browser.evaluate("document.getElementById('stop').click()")
-    browser.wait("document.getElementById('progress-text').textContent === 'Stopped'")
+    stopped = "document.getElementById('progress-text').textContent === 'Stopped'"
+    with server.held(10_240):
+        browser.choose_file("#file", tmp_path / "long.txt")
+        browser.wait("document.getElementById('bar').value > 0")
+        wait_for(lambda: server.get("/v1/requests")["data"][0]["done"] > 4096)
+        browser.click("#stop")
+        browser.wait(stopped)
+        server.idle()
+        shoot(browser, "stopped")
+        server.hold(20_480)
+        browser.choose_file("#file", tmp_path / "long.txt")  # the same again: goes on from there
+        browser.wait("/of them cached/.test(document.getElementById('progress-text').textContent)")
+        browser.click("#stop")
+        browser.wait(stopped)
+        server.idle()
     browser.evaluate("call('DELETE', '/v1/sessions/' + state.session)")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lib.checkpoints import write_checkpoint
+from lib.hold import PATIENCE
 from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext.engine import Engine
 from qwen1m_ext.errors import RequestError
@@ -89,7 +90,7 @@ def test_random_load(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(SECONDS + 120)
+        thread.join(SECONDS + PATIENCE)
         assert not thread.is_alive(), "a stream hangs"
     assert not failures, failures[0]
     engine.shutdown()

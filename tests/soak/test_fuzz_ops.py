@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qwen1m_ext import ops
 
 pytestmark = pytest.mark.soak
-FUZZ = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=1000, suppress_health_check=list(HealthCheck))
 
 TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, PAGES, ROWS = 5, 4, 2, 16, 4, 64
 COLUMNS = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -201,6 +201,7 @@ def spoil(value: Any, data: st.DataObject) -> Any:
 def test_spoilt_arguments_never_crash(op):
     """At most two arguments are spoilt, so that the later checks are reached too."""
     outcomes = {"ran": 0, "raised": 0}
+    torch.manual_seed(0)
 
     @FUZZ
     @given(data=st.data(), dtype=FLOATS)

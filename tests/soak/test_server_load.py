@@ -1,6 +1,6 @@
 """Sixty-four clients for two minutes, with cancels and disconnects: nothing lost, mixed or leaked.
 
-QWEN1M_SOAK_SECONDS makes it longer.
+QWEN1M_SOAK_SECONDS makes it longer; on a slow machine it goes on until enough has happened.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ pytestmark = [
 
 CLIENTS = 64
 SECONDS = float(os.environ.get("QWEN1M_SOAK_SECONDS", "120"))
+ENOUGH = 10
+"""Of each kind of request in each third, whatever the time."""
+
+SLACK_BYTES = 16 << 20
+"""Memory that may come on top without being a leak: a leaked request or stream is some 20 KB."""
+
 OPTIONS = dict(model="demo_model", temperature=0)
 
 
 class Worker(threading.Thread):
     """One client: a random mix of what clients do, every finished answer checked."""
 
-    def __init__(self, server, number, expected, end):
+    def __init__(self, server, number, expected, is_over):
         super().__init__(daemon=True)
-        self.server, self.expected, self.end = server, expected, end
+        self.server, self.expected, self.is_over = server, expected, is_over
         self.rng = random.Random(number)
         self.done = {"whole": 0, "streamed": 0, "cancelled": 0, "left": 0}
         self.trouble: list[str] = []
@@ -39,7 +45,7 @@ class Worker(threading.Thread):
         import openai
 
         client = self.server.client()
-        while time.monotonic() < self.end and not self.trouble:
+        while not self.is_over() and not self.trouble:
             prompt = self.rng.choice(list(self.expected))
             what = self.rng.choices(list(self.done), [3, 4, 1, 2])[0]
             try:
@@ -78,7 +84,7 @@ class Worker(threading.Thread):
 
 
 def test_many_clients(tmp_path):
-    from lib.server import ServerProcess, open_files, resident_bytes
+    from lib.server import PATIENCE, ServerProcess, open_files, resident_bytes, wait_for
 
     rng = random.Random(0)
     prompts = [held_out_text(size, rng) for size in [40] * 24 + [300] * 12 + [3000] * 4]
@@ -95,30 +101,38 @@ def test_many_clients(tmp_path):
 
         def storm(seconds):
             end = time.monotonic() + seconds
-            workers = [Worker(server, i, expected, end) for i in range(CLIENTS)]
+            workers = []
+
+            def done():
+                return {k: sum(worker.done[k] for worker in workers) for k in workers[0].done}
+
+            def is_over():
+                late = time.monotonic() - end
+                return late > PATIENCE or (late > 0 and min(done().values()) >= ENOUGH)
+
+            workers += [Worker(server, i, expected, is_over) for i in range(CLIENTS)]
             for worker in workers:
                 worker.start()
             for worker in workers:
-                worker.join(seconds + 120)
+                worker.join(seconds + 2 * PATIENCE)
                 assert not worker.is_alive(), "a client hangs"
             trouble = [text for worker in workers for text in worker.trouble]
             assert not trouble, trouble[:5]
-            assert server.settled("qwen1m:num_requests_running", 0)
-            assert server.settled("qwen1m:num_requests_waiting", 0)
+            server.idle()
             assert server.settled("qwen1m:kv_cache_pages_used", 0)
-            time.sleep(1.0)  # the last connections are cleared away
-            assert server.get("/v1/requests")["data"] == []
-            pids = (server.process.pid, server.engine_pid)
-            done = {k: sum(worker.done[k] for worker in workers) for k in workers[0].done}
-            return done, sum(map(open_files, pids)), [resident_bytes(pid) for pid in pids]
+            assert min(done().values()) >= ENOUGH, done()
+            return done()
 
+        pids = (server.process.pid, server.engine_pid)
         storm(SECONDS / 3)  # fills caches and pools; what comes after must not grow
-        done, files, memory = storm(SECONDS / 3)
-        assert min(done.values()) > 10, done
-        done, more_files, more_memory = storm(SECONDS / 3)
-        assert more_files <= files + 4
+        storm(SECONDS / 3)
+        time.sleep(1.0)  # the last connections are cleared away
+        files, memory = sum(map(open_files, pids)), [resident_bytes(pid) for pid in pids]
+        done = storm(SECONDS / 3)
+        wait_for(lambda: sum(map(open_files, pids)) <= files + 4)
+        more_memory = [resident_bytes(pid) for pid in pids]
         for before, after in zip(memory, more_memory, strict=True):
-            assert after <= before * 1.1, (memory, more_memory)
-        print(f"{done} requests in the last third; {more_files} files, {more_memory} bytes")
+            assert after <= before * 1.1 + SLACK_BYTES, (memory, more_memory)
+        print(f"{done} requests in the last third; {files} files, {memory}, {more_memory} bytes")
         assert server.process.poll() is None
         assert "Traceback" not in (tmp_path / "log").read_text()
