@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Batch, Rotary, decode_scratch_bytes
+from .attention import Batch, Rotary, decode_scratch_bytes, reserve_decode_scratch
 from .config import ModelConfig
 from .device import Graph, StreamDevice
 from .device_sampler import DeviceSampler, Draw, Settings, sampler_bytes
@@ -116,21 +116,20 @@ class DecodeStep:
         model: Qwen2Model,
         rotary: Rotary,
         cache: KVCache,
-        sampler: DeviceSampler,
         rows: int,
         graphs: bool,
     ) -> None:
-        """Allocate all inputs; capture a graph for each size, if asked to.
+        """Allocate all that a step needs; capture a graph for each size, if asked to.
 
         Call it in the scope of the cache's device, while nothing else runs there.
         """
-        device = cache.device
+        device, config = cache.device, model.config
         assert isinstance(device, StreamDevice)
-        self._model, self._cache, self._sampler = model, cache, sampler
-        self._hidden = torch.empty(
-            rows, model.config.hidden_size, dtype=model.dtype, device=device.where
-        )
-        pages = cache.block_table.shape[1]
+        table_rows, pages = cache.block_table.shape
+        self.sampler = DeviceSampler(config.vocab_size, model.dtype, table_rows, rows, device)
+        self._model, self._cache = model, cache
+        self._hidden = torch.empty(rows, config.hidden_size, dtype=model.dtype, device=device.where)
+        reserve_decode_scratch(rotary, cache, model.workspace.q[:rows, None], device.num_sms)
         self._inputs = {
             size: _Inputs(size, pages, rotary, cache, device.where) for size in decode_sizes(rows)
         }
@@ -139,7 +138,7 @@ class DecodeStep:
         with torch.inference_mode():
             for size, inputs in reversed(self._inputs.items()):  # the largest: others fit into it
                 with device.step():
-                    inputs.fill([], cache, sampler)
+                    inputs.fill([], cache, self.sampler)
                 self._compute(size)  # what a library sets up at first use cannot be captured
                 if graphs:
                     self._graphs[size] = device.capture(self._work(size))
@@ -147,7 +146,7 @@ class DecodeStep:
     def run(self, rows: Sequence[DecodeRow]) -> Tensor:
         """Compute a step; [n] the sampled tokens on the device, valid until the next step."""
         size = next(size for size in self._inputs if size >= len(rows))
-        self._inputs[size].fill(rows, self._cache, self._sampler)
+        self._inputs[size].fill(rows, self._cache, self.sampler)
         if graph := self._graphs.get(size):
             graph.replay()
         else:
@@ -160,7 +159,7 @@ class DecodeStep:
     def _compute(self, size: int) -> None:
         """From the last tokens to the next ones."""
         inputs, hidden = self._inputs[size], self._hidden[:size]
-        token_ids = self._sampler.known(inputs.token_ids)
+        token_ids = self.sampler.known(inputs.token_ids)
         self._model.forward(token_ids, inputs.batch, out=hidden)
-        self._model.logits(hidden, self._sampler.logits(size))
-        self._drawn[size] = self._sampler.sample(inputs.settings)
+        self._model.logits(hidden, self.sampler.logits(size))
+        self._drawn[size] = self.sampler.sample(inputs.settings)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import kv_scales, ops
-from .attention import Rotary, reserve_decode_scratch
+from .attention import Rotary
 from .choices import (
     DTypeName,
     KVCacheName,
@@ -38,7 +38,6 @@ from .core import Core, Span
 from .cost_model import ASSUMED_FLOPS, GPU_FLOPS, CostModel
 from .decode_step import DecodeStep
 from .device import Device, StreamDevice
-from .device_sampler import DeviceSampler
 from .errors import ConfigError, ContextTooLong, MemoryBudgetError, RequestError
 from .events import EngineStats, OnEvent, OnProgress, RequestStatus
 from .fp8 import FP8
@@ -250,39 +249,28 @@ class Engine:
         self._numbers = itertools.count(1)
         self._grammars: GrammarCompiler | None = None
         self._grammar_lock = threading.Lock()
-        stage = stage_bytes(shape, replace(deployment, tokens=self.max_model_len))
+        decodes: DecodeStep | None = None
+        if isinstance(self.device, StreamDevice):
+            stage = stage_bytes(shape, replace(deployment, tokens=self.max_model_len))
+            with self.device.scope():
+                self.device.reserve(stage, max_num_seqs)
+                decodes = DecodeStep(self.model, self.rotary, self.cache, max_num_seqs, cuda_graphs)
         self._core = self._build_core(
             replace(limits, chunk_tokens=self.chunk_tokens),
             enable_prefix_caching,
-            self._build_decode(max_num_seqs, stage, cuda_graphs),
+            decodes,
         )
         weakref.finalize(self, self._core.shutdown, False)
-
-    def _build_decode(
-        self, rows: int, stage: int, graphs: bool
-    ) -> tuple[DeviceSampler, DecodeStep] | None:
-        """What a device with a queue needs to go from token to token by itself."""
-        device, config = self.device, self.config
-        if not isinstance(device, StreamDevice):
-            return None
-        with device.scope():
-            device.reserve(stage, rows)
-            table_rows = self.cache.block_table.shape[0]
-            sampler = DeviceSampler(config.vocab_size, self.dtype, table_rows, rows, device)
-            q = self.model.workspace.q[:rows, None]
-            reserve_decode_scratch(self.rotary, self.cache, q, device.num_sms)
-            step = DecodeStep(self.model, self.rotary, self.cache, sampler, rows, graphs)
-        return sampler, step
 
     def _build_core(
         self,
         limits: Limits,
         prefix_caching: bool,
-        on_device: tuple[DeviceSampler, DecodeStep] | None,
+        decodes: DecodeStep | None,
     ) -> Core:
         """The threads' world. It must not know this object, whose end is to end it."""
         columns = self.sparse.mean_columns if self.sparse else 0.0
-        cost = CostModel(self.config, columns, GPU_FLOPS if on_device else ASSUMED_FLOPS)
+        cost = CostModel(self.config, columns, GPU_FLOPS if decodes else ASSUMED_FLOPS)
         prefixes = PrefixCache(self.cache.allocator, self.model_key, prefix_caching)
         residency = Residency(
             self.cache, prefixes, self.dual_chunk.temperature, limits.max_num_seqs
@@ -294,7 +282,7 @@ class Engine:
             self.cache,
             residency.temperature,
             cost.prefill_seconds,
-            on_device,
+            decodes,
         )
         tokenizer, eos = self.tokenizer, self.eos_token_ids
         return Core(scheduler, runner, lambda on_finish: OutputProcessor(tokenizer, eos, on_finish))

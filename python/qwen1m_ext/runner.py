@@ -63,7 +63,7 @@ class ModelRunner:
         cache: KVCache,
         temperature: Callable[[Sequence, int], float],
         prefill_work: Callable[[int, int, bool], float],
-        on_device: tuple[DeviceSampler, DecodeStep] | None = None,
+        decodes: DecodeStep | None = None,
     ) -> None:
         """Prepare.
 
@@ -73,12 +73,12 @@ class ModelRunner:
             cache: where the sequences live.
             temperature: s of a sequence at a position.
             prefill_work: cost of the prompt tokens [begin, end), dense or sparse, in any unit.
-            on_device: with a device that has a queue, what goes on there from token to token.
+            decodes: with a device that has a queue, what goes on there from token to token.
         """
         self._model, self._rotary, self._cache = model, rotary, cache
         self._temperature, self._prefill_work = temperature, prefill_work
         self.pulse = Pulse()  # beats after every layer
-        self._device, self._on_device = cache.device, on_device
+        self._device, self._decodes = cache.device, decodes
         self._drawn: tuple[list[Piece], Tensor] = [], torch.empty(0)  # of the step at hand
         self._finished = 0.0  # when the last step was known to be done
         config = model.config
@@ -100,8 +100,8 @@ class ModelRunner:
             with torch.inference_mode(), self._device.scope():
                 result = (
                     self._run(step, pieces)
-                    if self._on_device is None
-                    else self._queue(step, pieces, start, *self._on_device)
+                    if self._decodes is None
+                    else self._queue(step, pieces, start, self._decodes)
                 )
         except _Abandoned:
             return StepResult(step)
@@ -114,12 +114,7 @@ class ModelRunner:
         return result
 
     def _queue(
-        self,
-        step: Step,
-        pieces: list[Piece],
-        start: float,
-        sampler: DeviceSampler,
-        decodes: DecodeStep,
+        self, step: Step, pieces: list[Piece], start: float, decodes: DecodeStep
     ) -> StepResult:
         """Queue a step on a device; `finish` takes what it samples there."""
         device = self._device
@@ -131,7 +126,7 @@ class ModelRunner:
                     DecodeRow(
                         _token(piece),
                         self._rotary.logit_scale(self._temperature(piece.sequence, piece.begin)),
-                        self._draw(piece, sampler),
+                        self._draw(piece, decodes.sampler),
                     )
                     for piece in pieces
                 ]
@@ -203,16 +198,18 @@ class ModelRunner:
             if _is_scored(piece):
                 self._score(piece, hidden[row : row + count])
             row += count
-            if self._on_device and _sampled_on_device(piece):
+            if self._decodes and _sampled_on_device(piece):
                 drawn_rows.append(row - 1)
             elif piece.sample:
                 own = 1 + len(drafts.get(piece, ()))
                 samples.append((piece, own))
                 sampled_rows.extend(range(row - own, row))
-        if self._on_device:
-            sampler = self._on_device[0]
+        if self._decodes:
             drawn = [piece for piece in work if _sampled_on_device(piece)]
-            self._drawn = drawn, self._sample_on_device(sampler, hidden, drawn_rows, drawn)
+            self._drawn = (
+                drawn,
+                self._sample_on_device(self._decodes.sampler, hidden, drawn_rows, drawn),
+            )
         if samples:
             logits = self._model.logits(hidden[self._device.put(torch.tensor(sampled_rows))])
             blocks = torch.split(logits.cpu(), [count for _, count in samples])
@@ -232,8 +229,8 @@ class ModelRunner:
                 waits = len(ids)
             ids += drafts.get(piece, ())
         token_ids = self._device.put(torch.tensor(ids, dtype=torch.int64))
-        if waits and self._on_device:
-            token_ids[:waits] = self._on_device[0].known(token_ids[:waits])
+        if waits and self._decodes:
+            token_ids[:waits] = self._decodes.sampler.known(token_ids[:waits])
         return token_ids
 
     def _sample_on_device(
