@@ -51,8 +51,10 @@ class Case:
     rope_table: Tensor
 
     def __post_init__(self) -> None:
-        self._next = itertools.cycle(self.caches)  # ours
-        self._next_read = itertools.cycle(self.caches)
+        # Half a round apart, so that neither finds in L3 what the other has just read.
+        half = len(self.caches) // 2
+        self._next = itertools.cycle(self.caches)
+        self._next_read = itertools.cycle(self.caches[half:] + self.caches[:half])
 
     @property
     def tokens(self) -> int:
