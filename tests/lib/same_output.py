@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib.hold import held
 from qwen1m_ext import SamplingParams
 from qwen1m_ext.engine import Engine
 from qwen1m_ext.handle import RequestHandle
@@ -122,7 +123,8 @@ Way = Callable[[Setup, list[Case], list[Answer]], tuple[list[Answer], list[Answe
 
 
 def _together(engine: Engine, cases: list[Case]) -> list[Answer]:
-    handles = [engine.submit(c.prompt, c.params) for c in cases]
+    with held(engine):
+        handles = [engine.submit(c.prompt, c.params) for c in cases]
     answers = [Answer.of(handle.result()) for handle in handles]
     engine.shutdown()
     return answers
