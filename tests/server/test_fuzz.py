@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.server import PATIENCE
+from lib.openapi import ANYTHING as VALUES
+from lib.openapi import requests
+from lib.server import PATIENCE, ServerProcess
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=8,
-)
+EXAMPLES = int(os.environ.get("QWEN1M_FUZZ_EXAMPLES", "1000"))  # of each long test
 FIELDS = [
     "model", "n", "max_tokens", "temperature", "top_p", "seed", "stop", "presence_penalty",
     "frequency_penalty", "logit_bias", "response_format", "stream", "stream_options", "top_k",
@@ -63,9 +61,9 @@ def bodies(draw):
     return path, json.dumps(body).encode()
 
 
-def post(server, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+def post(server, path, body, headers, method="POST") -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-    connection.request("POST", path, body, headers)
+    connection.request(method, path, body, headers)
     response = connection.getresponse()
     text = response.read()
     connection.close()
@@ -74,7 +72,7 @@ def post(server, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, 
 
 def check(status: int, text: bytes) -> None:
     assert status < 500, text
-    if status != 200:
+    if status >= 400:
         error = json.loads(text)["error"]
         assert error["message"] and error["type"]
     elif text.startswith(b": "):  # a stream ends properly, and not in an error of the server
@@ -104,6 +102,14 @@ def test_any_bytes(server, body, kind, path):
     [
         b"[" * 100_000,
         b'{"prompt": ' + b'{"a":' * 50_000,
+        *(
+            b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": '
+            + b'{"properties": {"a": ' * depth
+            + b"{}"
+            + b"}}" * depth
+            + b"}}}"
+            for depth in (150, 300, 450)
+        ),
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "a", "\\ud800": 1}',
         b'{"prompt": ' + b"9" * 5000 + b"}",
@@ -116,7 +122,7 @@ def test_any_bytes(server, body, kind, path):
         b"",
         b"null",
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_bodies_that_break_parsers(server, body):
     status, text = post(server, "/v1/completions", body, {"Content-Type": "application/json"})
@@ -137,8 +143,45 @@ def test_other_methods(server, method):
     connection.close()
 
 
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory):
+    """A server of its own: sessions are opened, saved and deleted."""
+    directory = tmp_path_factory.mktemp("lonely")
+    arguments = ("--dtype", "float32", "--max-model-len", "4k", "--session-dir", str(directory))
+    with ServerProcess(directory / "log", *arguments) as server:
+        yield server, server.get("/openapi.json")
+
+
+def send(server, request: tuple) -> None:
+    method, path, body = request
+    if isinstance(body, dict) and "completions" in path:
+        body = {"max_tokens": 3} | body
+        for name in ("max_tokens", "max_completion_tokens"):  # long answers are no trouble
+            if isinstance(body.get(name), int) and 64 < body[name] < 4096:
+                body[name] = 64
+    data = None if body is None else json.dumps(body).encode()
+    status, text = post(server, path, data, {"Content-Type": "application/json"}, method)
+    if status != 200 or text[:1] not in b"<q#":  # the page, the metrics
+        check(status, text)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_what_the_openapi_document_names(lonely, data):
+    server, document = lonely
+    send(server, data.draw(requests(document)))
+
+
 @pytest.mark.soak
-@settings(max_examples=1000)
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_what_the_openapi_document_names_for_long(lonely, data):
+    server, document = lonely
+    send(server, data.draw(requests(document)))
+
+
+@pytest.mark.soak
+@settings(max_examples=EXAMPLES)
 @given(case=bodies())
 def test_any_fields_for_long(server, case):
     path, body = case

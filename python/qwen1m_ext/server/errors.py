@@ -88,6 +88,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="out_of_memory", retry_after=10)
     if isinstance(error, BackendError):  # the engine's process died; another is being started
         return ApiError(503, str(error), code="engine_unavailable", retry_after=5)
+    if isinstance(error, RecursionError):  # a parser's limit is not that of those who come after it
+        return ApiError(400, "body: nested too deeply", code="json_invalid")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ApiError(507, f"no room to write: {error}", code="storage_full")
     log.error("request failed", exc_info=error)
@@ -123,6 +125,7 @@ def install_handlers(app: FastAPI) -> None:
         MemoryBudgetError,
         BackendError,
         OSError,
+        RecursionError,
     ):
         app.add_exception_handler(kind, known)
 
