@@ -66,6 +66,7 @@ def work() -> None:
 
     def run_when_allowed(self: Any, step: Any) -> Any:
         while is_held(step):
+            self.pulse.beat()  # held is not stuck
             time.sleep(0.005)
         return run(self, step)
 

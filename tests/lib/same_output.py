@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.hold import held
 from qwen1m_ext import SamplingParams
 from qwen1m_ext.engine import Engine
 from qwen1m_ext.handle import RequestHandle
@@ -42,16 +41,12 @@ class Case:
 
     prompt: list[int]
     max_tokens: int
-    noted: bool = True  # False: tokens only, which need not leave a GPU to be chosen
 
     @property
     def params(self) -> SamplingParams:
         """Greedy, with the two best tokens of every step."""
         return SamplingParams(
-            temperature=0,
-            max_tokens=self.max_tokens,
-            ignore_eos=True,
-            logprobs=2 if self.noted else None,
+            temperature=0, max_tokens=self.max_tokens, ignore_eos=True, logprobs=2
         )
 
 
@@ -88,12 +83,10 @@ class Answer:
 
     @staticmethod
     def of(output: RequestOutput) -> Answer:
-        """From a finished request with `logprobs=2`; without, there are no gaps."""
+        """From a finished request with `logprobs=2`."""
         sample = output.outputs[0]
-        gaps: list[float] = []
-        own: list[float] = []
-        if sample.logprobs is None:
-            return Answer(sample.token_ids, gaps, own, output.num_cached_tokens or 0)
+        assert sample.logprobs is not None
+        gaps, own = [], []
         for token, entries in zip(sample.token_ids, sample.logprobs, strict=True):
             best = sorted((e.logprob for e in entries.values()), reverse=True)
             gaps.append(best[0] - best[1])
@@ -129,8 +122,7 @@ Way = Callable[[Setup, list[Case], list[Answer]], tuple[list[Answer], list[Answe
 
 
 def _together(engine: Engine, cases: list[Case]) -> list[Answer]:
-    with held(engine):
-        handles = [engine.submit(c.prompt, c.params) for c in cases]
+    handles = [engine.submit(c.prompt, c.params) for c in cases]
     answers = [Answer.of(handle.result()) for handle in handles]
     engine.shutdown()
     return answers
@@ -289,7 +281,7 @@ def compare(answers: list[Answer], want: list[Answer], near_tie: float = NEAR_TI
         report.steps += first
         report.steps_alone += len(pairs)
         report.near_ties += sum(gap < near_tie for gap in single.gaps)
-        errors = zip(got.logprobs[:first], single.logprobs[:first], strict=bool(got.logprobs))
+        errors = zip(got.logprobs[:first], single.logprobs[:first], strict=True)
         report.logprob_error = max([report.logprob_error, *(abs(a - b) for a, b in errors)])
         if first < len(pairs):
             gap = single.gaps[first]

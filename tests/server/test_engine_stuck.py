@@ -16,7 +16,7 @@ from qwen1m_ext import SamplingParams, demo_model_path
 from qwen1m_ext.engine_process import EngineProcess
 from qwen1m_ext.errors import BackendError, ConfigError
 
-SMALL = ("--dtype", "float32", "--max-model-len", "32k", "--engine-timeout-seconds", "6")
+SMALL = ("--dtype", "float32", "--max-model-len", "32k", "--engine-timeout-seconds", "10")
 GREEDY = dict(model="demo_model", prompt="Once upon a time", temperature=0)
 
 
