@@ -230,7 +230,8 @@ class Engine:
             )
             if self.kv_dtype == FP8 and not kv_scales.load(self.cache, self.config, self.model_dir):
                 kv_scales.calibrate(self.model, self.rotary, self.cache, self.max_model_len)
-        self.kv_exponents = kv_scales.exponents(self.cache)
+            self.kv_exponents = kv_scales.exponents(self.cache)
+            checkpoint = fingerprint(weights)
         self.eos_token_ids = frozenset(
             self.generation_config.eos_token_ids or self.config.eos_token_ids
         )
@@ -241,7 +242,7 @@ class Engine:
                     f"{self.config.vocab_size}, got {token}"
                 )
         facts: tuple[object, ...] = (
-            self.config, self.dual_chunk, self.dtype, ops.PAGE_SIZE, fingerprint(weights)
+            self.config, self.dual_chunk, self.dtype, ops.PAGE_SIZE, checkpoint
         )  # fmt: skip
         if self.kv_exponents:
             facts += (self.kv_dtype, self.kv_exponents)

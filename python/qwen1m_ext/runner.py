@@ -24,6 +24,7 @@ from .attention import Batch, Rotary, Segment
 from .decode_step import DecodeRow, DecodeStep
 from .device import Event, StreamDevice
 from .device_sampler import DeviceSampler, Draw, Settings, waiting
+from .errors import BackendError
 from .events import Progress
 from .heartbeat import Pulse
 from .kv_cache import KVCache
@@ -108,6 +109,7 @@ class ModelRunner:
         except Exception as error:
             for piece in pieces:
                 piece.sequence.request.fail(error)
+            self._check_device()
             return StepResult(step)
         if result.finish is None and len(pieces) == len(step.pieces) and result.representative:
             result.seconds = time.perf_counter() - start
@@ -139,11 +141,8 @@ class ModelRunner:
         def finish() -> None:
             try:
                 tokens = fetched()
-            except Exception as error:  # of a kernel
-                for piece in pieces:
-                    piece.sequence.request.fail(error)
-                result.done = frozenset()
-                return
+            except Exception as error:
+                raise _broken(device, error) from error
             begin, self._finished = max(start, self._finished), time.perf_counter()
             if len(pieces) == len(step.pieces):
                 result.seconds = self._finished - begin
@@ -156,6 +155,15 @@ class ModelRunner:
 
         result.finish = finish
         return result
+
+    def _check_device(self) -> None:
+        """After an error: raises BackendError if it was a kernel's, which no request survives."""
+        if isinstance(self._device, StreamDevice):
+            try:
+                with self._device.scope():
+                    self._device.record().synchronize()
+            except Exception as error:
+                raise _broken(self._device, error) from error
 
     def _draw(self, piece: Piece, sampler: DeviceSampler) -> Draw:
         """How the token after a piece is sampled on the device."""
@@ -402,6 +410,10 @@ class ModelRunner:
     ) -> None:
         sequence.tokens.append(token)
         result.sampled.append((sequence, token, candidates))
+
+
+def _broken(device: StreamDevice, error: Exception) -> BackendError:
+    return BackendError(f"{device.name}: work on the device has failed: {error}")
 
 
 def _sampled_on_device(piece: Piece) -> bool:

@@ -82,6 +82,7 @@ class RecordingDevice(StreamDevice):
         self.graphs: list[_Replay] = []
         self._copies: list[_Copy] = []
         self._done = 0  # of all copies so far
+        self.broken = False  # a kernel has failed
         self.spilled = 0  # inputs of a step that found no room in what was reserved
         self._lock = threading.Lock()
         self._locked: set[int] = set()  # storages
@@ -123,6 +124,8 @@ class RecordingDevice(StreamDevice):
 
     def finish_copies(self, end: int) -> None:
         """The host knows that so many copies are done."""
+        if self.broken:
+            raise RuntimeError("an illegal memory access was encountered")
         with self._lock:
             while self._done < end:
                 self._copies.pop(0).finish()
