@@ -6,7 +6,6 @@ way to them: copies, captured steps, tokens that stay on the device.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from lib.capture import mapped
 from lib.checkpoints import model_config, write_checkpoint
 from lib.emulator import emulated_ops, library_path
+from lib.hold import together
 from lib.recording_device import GARBAGE, RecordingDevice
 from qwen1m_ext import LLM, SamplingParams, choices, engine, ops
 from qwen1m_ext.choices import Wanted, choose_device
@@ -103,7 +103,8 @@ def test_steps_are_replayed(queued: LLM) -> None:
     queued.generate(PROMPTS[0], GREEDY)
     assert graphs[1].replays >= before[1] + 18
     assert all(graphs[size].replays == before[size] for size in (2, 4, 5))
-    queued.generate(PROMPTS[:5], GREEDY)
+    with together(queued.engine, 5):
+        queued.generate(PROMPTS[:5], GREEDY)
     assert graphs[5].replays > before[5]
 
 
@@ -130,7 +131,9 @@ def test_preempted_and_back(checkpoint: Path) -> None:
     prompts = [prompt(100, i) for i in range(4)]
     want = LLM(checkpoint, **options)
     got = LLM(checkpoint, device=RecordingDevice(), **options)
-    assert tokens(got.generate(prompts, params)) == tokens(want.generate(prompts, params))
+    with together(got.engine, len(prompts)):
+        outputs = got.generate(prompts, params)
+    assert tokens(outputs) == tokens(want.generate(prompts, params))
     assert got.engine.stats().preemptions_total > 0
 
 
@@ -226,12 +229,15 @@ def test_emulated_kernels(
         "prefill_chunk_tokens": 100 if attention == "dense" else 256,
     }  # fmt: skip
     prompts, params = [prompt(150, 1), prompt(190, 2)], SamplingParams(temperature=0, max_tokens=6)
-    want = LLM(directory, device="cpu", **options).generate(prompts, params)
+    cpu = LLM(directory, device="cpu", **options)
+    with together(cpu.engine, len(prompts)):
+        want = cpu.generate(prompts, params)
     plain = engine.load_weights  # what a GPU allocates is aligned, a mapped file is not
     monkeypatch.setattr(engine, "load_weights", lambda *a: mapped(plain(*a), torch.clone))
     with emulated_ops(architecture) as called:
         llm = LLM(directory, device=RecordingDevice(), **options)
-        got = llm.generate(prompts, params)
+        with together(llm.engine, len(prompts)):
+            got = llm.generate(prompts, params)
         llm.engine.shutdown()
     wanted = Wanted(SEVEN, torch.bfloat16, llm.engine.kv_dtype, sparse=attention == "sparse")
     assert set(called) == set(wanted.ops)
@@ -323,33 +329,6 @@ def test_nan_logits_are_an_error(checkpoint: Path) -> None:
     llm.engine.model.weights.norm[:] = torch.nan
     with pytest.raises(WeightsError, match="got NaN"):
         llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=1))
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("when", ["while it runs", "while it is queued"])
-def test_a_failed_kernel_ends_the_engine(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    """Nothing on that device can go on: who watches the engine starts another process."""
-    llm = LLM(checkpoint, device=RecordingDevice(), **OPTIONS)
-    plain = llm.engine.model.forward
-
-    def forward(*arguments: Any) -> Tensor:
-        queue_of(llm).broken = True
-        if when == "while it is queued":
-            raise RuntimeError("it told the next launch")
-        return plain(*arguments)
-
-    monkeypatch.setattr(llm.engine.model, "forward", forward)
-    with pytest.raises((BackendError, RuntimeError)):
-        llm.generate(PROMPTS[0], GREEDY)
-    for _ in range(100):
-        if llm.engine.failure:
-            break
-        time.sleep(0.05)
-    assert isinstance(llm.engine.failure, BackendError)
-    with pytest.raises(BackendError, match="illegal memory access"):
-        llm.generate(PROMPTS[0], GREEDY)
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ closer than rounding: that far they have to be the same.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import pytest
 import torch
 
 from lib.checkpoints import model_config, write_checkpoint
+from lib.same_output import NEAR_TIE, WAYS, Case, Setup, alone, compare, make_cases
 from qwen1m_ext import LLM, SamplingParams, demo_model_path
 from qwen1m_ext.device import CudaDevice
+from qwen1m_ext.engine import Engine
 from qwen1m_ext.haystack import make_sample
 from qwen1m_ext.sampler import Sampler
-
-NEAR_TIE = 0.05
-"""Log probabilities of the two likeliest tokens that rounding may swap."""
+from qwen1m_ext.sparse_config import SparseSettings
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,29 @@ def test_many_at_once_and_with_penalties(gpu: str, demo: dict[str, LLM]) -> None
     )  # fmt: skip
     first, again = (cuda.generate(asked, params) for _ in range(2))
     assert [r.outputs[0].token_ids for r in first] == [r.outputs[0].token_ids for r in again]
+
+
+class OnGpu(Setup):
+    """Engines of a setup, on the GPU."""
+
+    def engine(self, cases: list[Case], **more: Any) -> Engine:
+        return super().engine(cases, device="cuda", **more)
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_same_output_in_every_way(gpu: str, attention: str) -> None:
+    """Batching, preemption, reuse, resuming: tokens part at near ties only."""
+    settings = SparseSettings(positions="real", window_tokens=1024)
+    options = {"attention": attention, "sparse_settings": settings}
+    setup = OnGpu(Path(demo_model_path()), options, small_chunk=1024)
+    cases = make_cases([1400, 5000], max_tokens=32)
+    want = alone(setup, cases)
+    unseen = [replace(case, noted=False) for case in cases]  # tokens that need not leave the GPU
+    for way in ("batching", "preemption", "prefix reuse", "resume after cancel"):
+        report = compare(*WAYS[way](setup, unseen, want))
+        assert not report.beyond, (way, report.beyond)
+    report = compare(*WAYS["session reload by another engine"](setup, cases, want))
+    assert not report.beyond, report.beyond
 
 
 def test_a_decode_step_waits_for_nothing(gpu: str, demo: dict[str, LLM]) -> None:

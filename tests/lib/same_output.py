@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib.hold import held
 from qwen1m_ext import SamplingParams
 from qwen1m_ext.engine import Engine
 from qwen1m_ext.handle import RequestHandle
@@ -41,12 +42,16 @@ class Case:
 
     prompt: list[int]
     max_tokens: int
+    noted: bool = True  # False: tokens only, which need not leave a GPU to be chosen
 
     @property
     def params(self) -> SamplingParams:
         """Greedy, with the two best tokens of every step."""
         return SamplingParams(
-            temperature=0, max_tokens=self.max_tokens, ignore_eos=True, logprobs=2
+            temperature=0,
+            max_tokens=self.max_tokens,
+            ignore_eos=True,
+            logprobs=2 if self.noted else None,
         )
 
 
@@ -83,10 +88,12 @@ class Answer:
 
     @staticmethod
     def of(output: RequestOutput) -> Answer:
-        """From a finished request with `logprobs=2`."""
+        """From a finished request with `logprobs=2`; without, there are no gaps."""
         sample = output.outputs[0]
-        assert sample.logprobs is not None
-        gaps, own = [], []
+        gaps: list[float] = []
+        own: list[float] = []
+        if sample.logprobs is None:
+            return Answer(sample.token_ids, gaps, own, output.num_cached_tokens or 0)
         for token, entries in zip(sample.token_ids, sample.logprobs, strict=True):
             best = sorted((e.logprob for e in entries.values()), reverse=True)
             gaps.append(best[0] - best[1])
@@ -122,7 +129,8 @@ Way = Callable[[Setup, list[Case], list[Answer]], tuple[list[Answer], list[Answe
 
 
 def _together(engine: Engine, cases: list[Case]) -> list[Answer]:
-    handles = [engine.submit(c.prompt, c.params) for c in cases]
+    with held(engine):
+        handles = [engine.submit(c.prompt, c.params) for c in cases]
     answers = [Answer.of(handle.result()) for handle in handles]
     engine.shutdown()
     return answers
@@ -281,7 +289,7 @@ def compare(answers: list[Answer], want: list[Answer], near_tie: float = NEAR_TI
         report.steps += first
         report.steps_alone += len(pairs)
         report.near_ties += sum(gap < near_tie for gap in single.gaps)
-        errors = zip(got.logprobs[:first], single.logprobs[:first], strict=True)
+        errors = zip(got.logprobs[:first], single.logprobs[:first], strict=bool(got.logprobs))
         report.logprob_error = max([report.logprob_error, *(abs(a - b) for a, b in errors)])
         if first < len(pairs):
             gap = single.gaps[first]
