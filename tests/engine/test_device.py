@@ -6,6 +6,7 @@ way to them: copies, captured steps, tokens that stay on the device.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -329,6 +330,33 @@ def test_nan_logits_are_an_error(checkpoint: Path) -> None:
     llm.engine.model.weights.norm[:] = torch.nan
     with pytest.raises(WeightsError, match="got NaN"):
         llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=1))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("when", ["while it runs", "while it is queued"])
+def test_a_failed_kernel_ends_the_engine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Nothing on that device can go on: who watches the engine starts another process."""
+    llm = LLM(checkpoint, device=RecordingDevice(), **OPTIONS)
+    plain = llm.engine.model.forward
+
+    def forward(*arguments: Any) -> Tensor:
+        queue_of(llm).broken = True
+        if when == "while it is queued":
+            raise RuntimeError("it told the next launch")
+        return plain(*arguments)
+
+    monkeypatch.setattr(llm.engine.model, "forward", forward)
+    with pytest.raises((BackendError, RuntimeError)):
+        llm.generate(PROMPTS[0], GREEDY)
+    for _ in range(100):
+        if llm.engine.failure:
+            break
+        time.sleep(0.05)
+    assert isinstance(llm.engine.failure, BackendError)
+    with pytest.raises(BackendError, match="illegal memory access"):
+        llm.generate(PROMPTS[0], GREEDY)
 
 
 # --- memory ---------------------------------------------------------------------------------------
