@@ -268,7 +268,7 @@ class Core:
             pulse.begin(seconds)
             result = self.runner.run(step)
             if result.finish is not None:  # it is under way on a device
-                self._results.put(lambda r=result: self._finish(r))  # type: ignore[misc]
+                self._results.put(lambda r=result, s=seconds: self._finish(r, s))  # type: ignore[misc]
             else:
                 if result.sampled:
                     self._results.put(lambda r=result: self._push(r))  # type: ignore[misc]
@@ -307,10 +307,12 @@ class Core:
 
     # --- on the output processor's thread ---------------------------------------------------------
 
-    def _finish(self, result: StepResult) -> None:
-        """Wait for a step; the next one is with the device meanwhile."""
+    def _finish(self, result: StepResult, seconds: float) -> None:
+        """Wait for a step that is to take so long; the next one is with the device meanwhile."""
         assert result.finish is not None
+        self._pulses["output processor"].begin(seconds)
         result.finish()
+        self._pulses["output processor"].begin()
         self._inbox.put(lambda: self._retire(result))
         self._push(result)
 

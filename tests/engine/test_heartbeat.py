@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lib.recording_device import RecordingDevice
 from qwen1m_ext import SamplingParams, demo_model_path
 from qwen1m_ext.engine import Engine
 from qwen1m_ext.errors import ConfigError
@@ -91,3 +92,28 @@ def test_every_layer_of_a_real_step_is_progress():
     assert seen == [None] * 3 + ["its model runner made no progress for 1000 s"]
     engine.shutdown()
     assert not any(looks(engine.observer(1000.0), 2000))
+
+
+def test_who_waits_for_a_device_has_the_time_of_its_step(checkpoint, monkeypatch):
+    engine = Engine(checkpoint, device=RecordingDevice(), max_model_len=512)
+    observer = engine.observer(1000.0)
+    core, seen = engine._core, []
+    monkeypatch.setattr(core.scheduler.cost, "seconds", lambda work: 500.0 * len(list(work)))
+    run = core.runner.run
+
+    def run_and_look(step):
+        result = run(step)
+        finish = result.finish
+
+        def look_and_finish():
+            seen.extend(filter(None, looks(observer, 4999)))
+            finish()
+
+        result.finish = look_and_finish
+        return result
+
+    monkeypatch.setattr(core.runner, "run", run_and_look)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    engine.submit([1, 2, 3], params).result()
+    assert not seen
+    engine.shutdown()
