@@ -4,6 +4,7 @@
 
 Needs a GPU and a build with CUDA kernels. One sequence and one new token, bf16, head_dim 128, 28/4
 and 40/8 heads; ours reads pages in random order. SDPA rotates nothing, so ours rotates by angle 0.
+The last row of a shape is ours with an fp8 cache, beside ours with a bf16 one.
 The peers, their two forms and the way of timing are those of prefill_attention_sdpa.py. The share
 of the memory's speed is against a copy measured in the same process, which counts the bytes that it
 reads and those that it writes.
@@ -39,8 +40,23 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qwen1m_ext import _host, ops
 
+LARGEST_DIFFERENCE_FP8 = 4e-2
+"""attention/fp8_cache of docs/numerics.md."""
 
-def our_call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], object], Tensor]:
+
+def quantise(pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages in e4m3 and the least powers of two, [kv_heads], that bring them to at most 448."""
+    largest = torch.stack([page.abs().amax((1, 2)) for page in pages]).amax(0).float()
+    scale = torch.exp2(torch.ceil(torch.log2(largest / 448)))
+    codes = torch.empty(pages.shape, dtype=torch.float8_e4m3fn, device=pages.device)
+    for page, to in zip(pages, codes, strict=True):
+        to.copy_(page.float() / scale[:, None, None])
+    return codes, scale
+
+
+def our_call(
+    q: Tensor, k: Tensor, v: Tensor, fp8: bool = False
+) -> tuple[Callable[[], object], Tensor]:
     """A function that runs the op over pages in random order, and its output [1, 1, heads, D].
 
     q: [1, heads, 1, D]; k, v: [1, kv_heads, N, D].
@@ -61,11 +77,15 @@ def our_call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Callable[[], object], Ten
     out = torch.empty_like(q_rows)
     rope = torch.tensor([1.0, 0.0]).expand(tokens, DIM // 2, 2).contiguous().to(q.device)
     k_cache, v_cache, block_table = paged(k), paged(v), order.int()[None].to(q.device)
+    scales: tuple[Tensor | None, Tensor | None] = None, None
+    if fp8:
+        (k_cache, k_scale), (v_cache, v_scale) = quantise(k_cache), quantise(v_cache)
+        scales = k_scale, v_scale
     arguments = (
         out, None, q_rows, k_cache, v_cache, block_table,
         torch.tensor([tokens], device=q.device),
         torch.tensor([1 / math.sqrt(DIM)], device=q.device), rope, ops.INFINITE_CHUNK, 0,
-        ops.decode_attention_scratch(q_rows, k_cache, block_table, ops.INFINITE_CHUNK, 0),
+        ops.decode_attention_scratch(q_rows, k_cache, block_table, ops.INFINITE_CHUNK, 0), *scales,
     )  # fmt: skip
     return lambda: ops.decode_attention(*arguments), out
 
@@ -137,6 +157,23 @@ def measure(
                 row["error"] = text = str(refusal).splitlines()[0]
             rows.append(row)
             print(f"{tokens:7} tokens {row['heads']:>5} | {row['peer']:17} | {text}", flush=True)
+    narrow, narrow_out = our_call(q, k, v, fp8=True)
+    narrow()
+    row = {"tokens": tokens, "heads": f"{q_heads}/{kv_heads}", "peer": "ours, bf16 cache"}
+    row["largest_difference"] = difference = (narrow_out - out).abs().max().item()
+    row |= {"cache": "fp8", **compare(timer, narrow, ours, pairs)}
+    row["ours_gb_per_s"] = read / 2 / row["ours_ms"] / 1e6
+    row["share_of_copy"] = row["ours_gb_per_s"] / copy
+    if not difference < LARGEST_DIFFERENCE_FP8:
+        row["error"] = f"outputs differ by {difference}"
+    rows.append(row)
+    print(
+        f"{tokens:7} tokens {row['heads']:>5} | {row['peer']:17} | "
+        f"fp8 {1e3 * row['ours_ms']:9.1f} us {row['ours_gb_per_s']:7.1f} GB/s "
+        f"({row['share_of_copy']:.0%} of a copy) | "
+        f"x {row['ratio']:.2f} {row.get('error', '')}",
+        flush=True,
+    )
     return rows
 
 

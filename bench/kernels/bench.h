@@ -99,6 +99,24 @@ Microseconds time_cold(const Work& work, int runs) {
   return {at(0.1), at(0.5), at(0.9), runs};
 }
 
+/// A device copy, against which shares are stated: bytes read and bytes written.
+struct Copy {
+  Microseconds us;
+  int64_t bytes;
+  double gb_per_s;
+};
+inline Copy time_copy(int runs) {
+  const Buffer<bf16> from(int64_t{1} << 28), to(from.count());  // 512 MB each way
+  fill_normal(from, 1);
+  const Microseconds us = time_cold(
+      [&](cudaStream_t stream) {
+        Q1M_CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), static_cast<size_t>(from.bytes()),
+                                       cudaMemcpyDeviceToDevice, stream));
+      },
+      runs);
+  return {us, 2 * from.bytes(), 2 * static_cast<double>(from.bytes()) / us.p50 * 1e-3};
+}
+
 struct Options {
   std::string json;
   double ceiling_tflops = 0;  // of a plain matrix product, measured elsewhere; 0: not known

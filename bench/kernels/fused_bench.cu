@@ -15,16 +15,9 @@ namespace {
 class Fused {
  public:
   Fused(const Options& options, Report& report) : options_(options), report_(report) {
-    const Buffer<bf16> from(int64_t{1} << 28), to(from.count());  // 512 MB each way
-    fill_normal(from, 1);
-    const Microseconds us = time_cold(
-        [&](cudaStream_t stream) {
-          Q1M_CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), static_cast<size_t>(from.bytes()),
-                                         cudaMemcpyDeviceToDevice, stream));
-        },
-        options.runs);
-    copy_rate_ = 2 * static_cast<double>(from.bytes()) / us.p50 * 1e-3;
-    add("copy", "512 MB", us, 2 * from.bytes());
+    const Copy copy = time_copy(options.runs);
+    copy_rate_ = copy.gb_per_s;
+    add("copy", "512 MB", copy.us, copy.bytes);
   }
 
   void rms_norm(int64_t tokens, int64_t hidden, bool has_residual) {

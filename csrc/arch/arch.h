@@ -278,6 +278,11 @@ Q1M_HOST_DEVICE uint32_t swizzled_128(uint32_t row, uint32_t byte_in_row) {
   return row * 128 + (byte_in_row ^ ((row & 7) << 4));
 }
 
+/// The same of 64-byte rows with the 64-byte swizzle.
+Q1M_HOST_DEVICE uint32_t swizzled_64(uint32_t row, uint32_t byte_in_row) {
+  return row * 64 + (byte_in_row ^ ((row >> 1 & 3) << 4));
+}
+
 /// wgmma.mma_async.m64n<kN>k16.f32.bf16.bf16, kN 64 or 128: d = a b (+ d if accumulate), by the 128
 /// threads of a warpgroup. d[4 j + 2 h + e] of thread t is row 16 (t / 32) + (t % 32) / 4 + 8 h,
 /// column 8 j + 2 (t % 4) + e (figure of 9.7.15.5.1). a in registers: a[2 g + h] holds row

@@ -34,8 +34,8 @@ struct DecodeAttentionParams {
 /// D is a multiple of 16. Throws qwen1m::Error on an argument that does not fit.
 void decode_attention_cpu(const DecodeAttentionParams&, const ParallelFor&);
 
-/// bf16, D 64 or 128; an fp8 cache with D = 128. One launch; nothing is read on the host, so that a
-/// graph may hold it. Lengths, page numbers and scales are the caller's responsibility. Throws
+/// bf16, D 64 or 128, with a cache in bf16 or fp8. One launch; nothing is read on the host, so that
+/// a graph may hold it. Lengths, page numbers and scales are the caller's responsibility. Throws
 /// qwen1m::Error on an argument that does not fit.
 void decode_attention_cuda(const DecodeAttentionParams&, Stream);
 

@@ -101,8 +101,6 @@ def _not_on_cuda(wanted: Wanted) -> Iterator[str]:
         yield f"the kernels take a head_dim of 64 or 128, not {config.head_dim}"
     if config.hidden_size % 8 or config.intermediate_size % 8:
         yield "the kernels read rows in vectors of 8, which hidden or intermediate size do not fill"
-    if wanted.kv_dtype == FP8 and config.head_dim != 128:
-        yield f"an fp8 cache (kv_cache_dtype) takes a head_dim of 128 there, not {config.head_dim}"
     if wanted.config.quantised and torch.cuda.get_device_capability() < (8, 9):
         yield "fp8 weights need a GPU with fp8 products (capability 8.9 or newer)"
     if wanted.speculative:

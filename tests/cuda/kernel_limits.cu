@@ -53,9 +53,13 @@ static_assert(fits<DecodeAttentionSm80<128, 1>, 70656, 2, kSm80>(),
 static_assert(fits<DecodeAttentionSm80<128, 2>, 74752, 2, kSm80>(),
               "decode_attention_sm80_d128_r32");
 static_assert(fits<DecodeAttentionSm90<128, 1, e4m3>, 103424, 2, kSm90>(),
-              "decode_attention_sm90_fp8_r16");
+              "decode_attention_sm90_d128_fp8_r16");
+static_assert(fits<DecodeAttentionSm90<64, 1, e4m3>, 101376, 2, kSm90>(),
+              "decode_attention_sm90_d64_fp8_r16");
 static_assert(fits<DecodeAttentionSm80<128, 1, e4m3>, 70656, 2, kSm80>(),
-              "decode_attention_sm80_fp8_r16");
+              "decode_attention_sm80_d128_fp8_r16");
+static_assert(fits<DecodeAttentionSm80<64, 1, e4m3>, 68608, 2, kSm80>(),
+              "decode_attention_sm80_d64_fp8_r16");
 static_assert(fits<DecodeAttentionSm80<64, 1>, 68608, 2, kSm80>(), "decode_attention_sm80_d64_r16");
 static_assert(fits<DecodeAttentionSm80<64, 2>, 70656, 2, kSm80>(), "decode_attention_sm80_d64_r32");
 static_assert(fits<SparsePrefillSm90<128>, 232448, 1, kSm90>(), "sparse_prefill_sm90_d128");

@@ -1,14 +1,15 @@
 // Runs an emulated decode_attention kernel on one hard case and compares it with the definition in
 // float64. test_mutants.py compiles this file again for each broken kernel.
 //
-//   decode_driver <sm80|sm90> <head_dim> <first seed> <seeds>
+//   decode_driver <sm80|sm90> <head_dim, with an fp8 cache: head_dim-fp8> <first seed> <seeds>
 //
-// -DDRIVER_SM90=0|1 and -DDRIVER_DIM=64|128 leave out the other kernels: it compiles faster.
+// -DDRIVER_SM90=0|1, -DDRIVER_DIM=64|128 and -DDRIVER_FP8=0|1 leave out the other kernels: it
+// compiles faster.
 //
 // The case: three sequences, one of them empty, the longest with Dual Chunk borders inside pages
 // and between its query tokens; 7 query heads of one KV head, once with 1 query token (16 rows a
-// block) and once with 3 (32 rows), several splits, NaN wherever nothing may be read, one scratch
-// for all launches. Output as prefill_driver's.
+// block) and once with 3 (32 rows; with fp8 two blocks of 16), several splits, NaN wherever nothing
+// may be read, one scratch for all launches. Output as prefill_driver's.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -32,12 +33,13 @@ using test::kNan;
 // 2914 = 14 * 208 + 2: of three query tokens the first lies in another chunk than the others. 640
 // ends a step, so that only the order of the tokens hides keys in it.
 constexpr int64_t kLengths[] = {640, 0, 2914}, kBatch = 3, kHeads = 7, kMaxPages = 24;
-constexpr int kNumSms = 3;  // 6 splits of a long sequence
+constexpr int kNumSms = 3;                                 // 6 splits of a long sequence
+constexpr float kKeyScale = 0.25f, kValueScale = 0.0625f;  // of the fp8 cache
 
 #ifdef DRIVER_SM90
-constexpr int kOnlySm90 = DRIVER_SM90, kOnlyDim = DRIVER_DIM;
+constexpr int kOnlySm90 = DRIVER_SM90, kOnlyDim = DRIVER_DIM, kOnlyFp8 = DRIVER_FP8;
 #else
-constexpr int kOnlySm90 = -1, kOnlyDim = -1;
+constexpr int kOnlySm90 = -1, kOnlyDim = -1, kOnlyFp8 = -1;
 #endif
 
 template <typename Kernel, typename Params>
@@ -48,15 +50,16 @@ arch::emu::Report launch(const Params& params, uint64_t seed) {
                            [&] { Kernel::run(params); }, {.seed = seed});
 }
 
-template <int kHeadDim, int kRowTiles>
+template <int kHeadDim, int kRowTiles, typename Cache>
 arch::emu::Report launch(bool sm90, const DecodeLaunch& plan, uint64_t seed) {
-  if constexpr (kOnlyDim < 0 || kOnlyDim == kHeadDim) {
+  if constexpr ((kOnlyDim < 0 || kOnlyDim == kHeadDim) &&
+                (kOnlyFp8 < 0 || kOnlyFp8 == int{sizeof(Cache) == 1})) {
     if constexpr (kOnlySm90 != 1) {
-      using Kernel = DecodeAttentionSm80<kHeadDim, kRowTiles>;
+      using Kernel = DecodeAttentionSm80<kHeadDim, kRowTiles, Cache>;
       if (!sm90) return launch<Kernel>(typename Kernel::Params{plan}, seed);
     }
     if constexpr (kOnlySm90 != 0) {
-      using Kernel = DecodeAttentionSm90<kHeadDim, kRowTiles>;
+      using Kernel = DecodeAttentionSm90<kHeadDim, kRowTiles, Cache>;
       const typename Kernel::Params params{
           plan, arch::emu::make_tensor_map(page_map(plan.args.k_cache, Kernel::kKeys)),
           arch::emu::make_tensor_map(page_map(plan.args.v_cache, Kernel::kKeys))};
@@ -64,6 +67,25 @@ arch::emu::Report launch(bool sm90, const DecodeLaunch& plan, uint64_t seed) {
     }
   }
   throw Error("this driver was compiled without that kernel");
+}
+
+arch::emu::Report launch(int64_t dim, bool fp8, bool sm90, const DecodeLaunch& plan,
+                         uint64_t seed) {
+  const bool many_rows = plan.rows == 32;
+  const auto kernel = fp8          ? (dim == 128 ? launch<128, 1, e4m3> : launch<64, 1, e4m3>)
+                      : dim == 128 ? (many_rows ? launch<128, 2, bf16> : launch<128, 1, bf16>)
+                                   : (many_rows ? launch<64, 2, bf16> : launch<64, 1, bf16>);
+  return kernel(sm90, plan, seed);
+}
+
+/// Codes of a cache; its values become what they stand for, which bf16 holds.
+std::vector<e4m3> quantise(std::vector<bf16>& values, float scale) {
+  std::vector<e4m3> codes;
+  for (bf16& value : values) {
+    codes.emplace_back(static_cast<float>(value) / scale);
+    value = bf16(static_cast<float>(codes.back()) * scale);
+  }
+  return codes;
 }
 
 struct Outcome {
@@ -80,7 +102,7 @@ struct Outcome {
   }
 };
 
-void run(bool sm90, int64_t dim, int64_t q_tokens, uint64_t first_seed, uint64_t seeds,
+void run(bool sm90, int64_t dim, bool fp8, int64_t q_tokens, uint64_t first_seed, uint64_t seeds,
          Buffer<uint8_t>& scratch, Outcome& outcome) {
   const int64_t row_elems = kHeads * dim;
   std::vector<test::Sequence> sequences;
@@ -92,7 +114,11 @@ void run(bool sm90, int64_t dim, int64_t q_tokens, uint64_t first_seed, uint64_t
   for (int64_t b = 0; b < kBatch; ++b) {
     sequences.emplace_back(kLengths[b], kLengths[b] == 0 ? 0 : q_tokens, kHeads, dim,
                            static_cast<uint64_t>(10 * b + 1));
-    const test::Sequence& s = sequences.back();
+    test::Sequence& s = sequences.back();
+    if (fp8) {
+      quantise(s.k, kKeyScale);
+      quantise(s.v, kValueScale);
+    }
     std::vector<int32_t> pages;
     for (int64_t i = 0; i * kPageSize < s.kv_len; ++i) {
       pages.push_back(static_cast<int32_t>((i * 5 + b) % kMaxPages * kBatch + b));
@@ -103,6 +129,9 @@ void run(bool sm90, int64_t dim, int64_t q_tokens, uint64_t first_seed, uint64_t
     s.put(s.v, pages, values);
   }
   Buffer<bf16> q(all_q, "q"), k(keys, "k_cache"), v(values, "v_cache");
+  Buffer<e4m3> k_codes(quantise(keys, kKeyScale), "k_cache in fp8");
+  Buffer<e4m3> v_codes(quantise(values, kValueScale), "v_cache in fp8");
+  Buffer<float> k_scale({kKeyScale}, "k_scale"), v_scale({kValueScale}, "v_scale");
   Buffer<int32_t> block_table(table, "block_table");
   Buffer<int64_t> kv_len({std::begin(kLengths), std::end(kLengths)}, "kv_len");
   Buffer<float> scale(std::vector<float>(kBatch, sequences[0].logit_scale), "logit_scale");
@@ -110,7 +139,7 @@ void run(bool sm90, int64_t dim, int64_t q_tokens, uint64_t first_seed, uint64_t
   Buffer<bf16> out(std::vector<bf16>(all_q.size()), "out", true);
   Buffer<float> lse(std::vector<float>(static_cast<size_t>(kBatch * q_tokens * kHeads)), "lse",
                     true);
-  const DecodeAttentionParams p{
+  DecodeAttentionParams p{
       .out = test::view(out.values, {kBatch, q_tokens, kHeads, dim}),
       .lse = {lse.values.data(), {kBatch, q_tokens, kHeads}, {q_tokens * kHeads, kHeads, 1}},
       .q = test::view(q.values, {kBatch, q_tokens, kHeads, dim}),
@@ -122,6 +151,13 @@ void run(bool sm90, int64_t dim, int64_t q_tokens, uint64_t first_seed, uint64_t
       .rope_table = {rope.values.data(), {kChunks.chunk_size + 1, dim / 2, 2}, {dim, 2, 1}},
       .dual_chunk = kChunks,
       .scratch = {scratch.values.data(), {static_cast<int64_t>(scratch.values.size())}, {1}}};
+  if (fp8) {
+    p.k_cache.data = k_codes.values.data();
+    p.v_cache.data = v_codes.values.data();
+    p.k_cache.dtype = p.v_cache.dtype = DType::kFloat8E4M3;
+    p.k_scale = {k_scale.values.data(), {1}, {1}};
+    p.v_scale = {v_scale.values.data(), {1}, {1}};
+  }
   const DecodeLaunch plan = plan_decode_attention(p, kNumSms);
 
   std::vector<std::vector<double>> expected;
@@ -136,8 +172,7 @@ void run(bool sm90, int64_t dim, int64_t q_tokens, uint64_t first_seed, uint64_t
   for (uint64_t seed = first_seed; seed < first_seed + seeds; ++seed) {
     std::fill(out.values.begin(), out.values.end(), bf16(kNan));
     std::fill(lse.values.begin(), lse.values.end(), kNan);
-    outcome.add(dim == 128 ? (plan.rows == 32 ? launch<128, 2> : launch<128, 1>)(sm90, plan, seed)
-                           : (plan.rows == 32 ? launch<64, 2> : launch<64, 1>)(sm90, plan, seed));
+    outcome.add(launch(dim, fp8, sm90, plan, seed));
     for (size_t i = 0; i < expected.size(); ++i) {
       const double found = lse.values[i];
       if (found != expected_lse[i])
@@ -150,7 +185,7 @@ void run(bool sm90, int64_t dim, int64_t q_tokens, uint64_t first_seed, uint64_t
   }
 }
 
-int run_all(bool sm90, int64_t dim, uint64_t first_seed, uint64_t seeds) {
+int run_all(bool sm90, int64_t dim, bool fp8, uint64_t first_seed, uint64_t seeds) {
   const DecodeAttentionShape largest{.batch = kBatch,
                                      .q_tokens = 3,
                                      .q_heads = kHeads,
@@ -164,7 +199,7 @@ int run_all(bool sm90, int64_t dim, uint64_t first_seed, uint64_t seeds) {
       "scratch", true);
   Outcome outcome;
   for (const int64_t q_tokens : {1, 3}) {
-    run(sm90, dim, q_tokens, first_seed, seeds, scratch, outcome);
+    run(sm90, dim, fp8, q_tokens, first_seed, seeds, scratch, outcome);
   }
   if (std::any_of(scratch.values.begin(), scratch.values.begin() + kCounterBytes,
                   [](uint8_t byte) { return byte != 0; })) {
@@ -181,6 +216,7 @@ int main(int argc, char** argv) {
   if (argc != 5) return 2;
   try {
     return qwen1m::run_all(std::strcmp(argv[1], "sm90") == 0, std::atoi(argv[2]),
+                           std::strstr(argv[2], "fp8") != nullptr,
                            std::strtoull(argv[3], nullptr, 10),
                            std::strtoull(argv[4], nullptr, 10));
   } catch (const qwen1m::Error& error) {  // a mutant may have broken what the host checks

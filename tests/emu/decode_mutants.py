@@ -3,12 +3,13 @@
 # ruff: noqa: E501 (a pattern is a line of the source, whatever its length)
 from __future__ import annotations
 
-from emu.mutants import DEADLOCK, NUMBERS, RAW, RING, WAR, WAW, Mutant
+from emu.mutants import DEADLOCK, LAUNCH, NUMBERS, RAW, RING, ROWS, WAR, WAW, Mutant
 
 _OP = "ops/decode_attention/decode_attention_"
 SM90, SM80, KERNEL, MERGE, SPLITS = (
     _OP + name for name in ("sm90.cuh", "sm80.cuh", "kernel.h", "merge.h", "splits.h")
 )
+FP8 = _OP + "fp8.h"
 UNINITIALISED, GLOBAL_RACE = "uninitialised", "global-race"
 
 
@@ -20,6 +21,10 @@ def _mutant(
         f"decode: {name}", file, old, new, frozenset(detectors),
         **({"kernel": kernel, "op": "decode"} | options),
     )  # fmt: skip
+
+
+def _fp8(name: str, *rest: str, **options: str | int | bool) -> Mutant:
+    return _mutant(f"fp8: {name}", *rest, fp8=True, **options)
 
 
 DECODE_MUTANTS = (
@@ -103,6 +108,40 @@ DECODE_MUTANTS = (
     _mutant("weights are read before they are there", MERGE,
             "l += arch::shuffle_xor(l, step);\n    arch::warp_sync();\n",
             "l += arch::shuffle_xor(l, step);\n", RAW),
+    # --- An fp8 cache --------------------------------------------------------------------------
+    _fp8("queries in their plain order", FP8, "chunk / 2 * 2 + w % 2).address", "chunk / 2 * 2 + w / 4).address",
+         NUMBERS, WAW, UNINITIALISED, every_push=True),
+    _fp8("queries in bf16", FP8, "arch::pack_f16(x0 * c0 - y0 * s0", "arch::pack_bf16(x0 * c0 - y0 * s0", NUMBERS),
+    _fp8("queries of the step before", FP8, "a[i % 2][tile]", "a[0][tile]", NUMBERS),
+    _fp8("keys of the other eight", FP8, "quad(s[tile], j + i / 2)", "quad(s[tile], j + i % 2)", NUMBERS),
+    _fp8("a chunk of keys too far", FP8, "step + lane / 8 % 2)", "2 * step + lane / 8 % 2)", NUMBERS, RAW, UNINITIALISED),
+    _fp8("the lower pair twice", FP8, "arch::e4m3_to_f16(four >> 16)", "arch::e4m3_to_f16(four & 0xffffu)", NUMBERS,
+         every_push=True),
+    _fp8("even and odd dims swapped", FP8, "0x6420u : 0x7531u", "0x7531u : 0x6420u", NUMBERS),
+    _fp8("probabilities in bf16", FP8, "arch::pack_f16(s[8 * step", "arch::pack_bf16(s[8 * step", NUMBERS),
+    _fp8("values not transposed", FP8, "arch::ldmatrix_x4_transposed(r, v", "arch::ldmatrix_x4(r, v", NUMBERS),
+    _fp8("dims of the output in the products' order", MERGE,
+         "{{x[0] * weight, x[4] * weight, x[1] * weight, x[5] * weight}}",
+         "{{x[0] * weight, x[1] * weight, x[4] * weight, x[5] * weight}}", NUMBERS),
+    _fp8("logits without the scale of keys", KERNEL,
+         "    if constexpr (kFp8) scale_log2 *= arch::global_load(args.k_scale.at(work.kv_head));\n", "", NUMBERS),
+    _fp8("outputs without the scale of values", MERGE,
+         "    if constexpr (kFp8) norm *= arch::global_load(p.v_scale.at(work.kv_head));\n", "", NUMBERS,
+         every_push=True),
+    _fp8("the scales of keys and values swapped", KERNEL, "args.k_scale.at(work.kv_head)", "args.v_scale.at(work.kv_head)",
+         NUMBERS),
+    _fp8("rows of 64 bytes as rows of 128", ROWS, "if constexpr (kHeadDim == 32)", "if constexpr (kHeadDim == 33)",
+         NUMBERS, RAW, WAR, WAW, UNINITIALISED, head_dim=64),
+    _fp8("sm_80: rows of 64 bytes as rows of 128", ROWS, "if constexpr (kHeadDim == 32)",
+         "if constexpr (kHeadDim == 33)", NUMBERS, RAW, WAR, WAW, UNINITIALISED, head_dim=64, kernel="sm80"),
+    _fp8("boxes of 64-byte rows are not swizzled", LAUNCH, "arch::Swizzle::k64}", "arch::Swizzle::kNone}", NUMBERS,
+         head_dim=64),
+    _fp8("a page is twice as wide", _OP + "launch.h", "cache.sizes[3] /= 2;", "cache.sizes[3] /= 1;", NUMBERS, "refused",
+         "global-bounds", "tensor-map", DEADLOCK, head_dim=64),
+    _fp8("sm_80: keys behind the sequence are not zeroed", SM80, "key + chunk / kChunks < work_.kv_len", "true",
+         NUMBERS, head_dim=64, kernel="sm80"),
+    _fp8("the tail of the last page is not zeroed", SM90, "    if (rows_left < kKeys) zero_tail(rows_left);\n", "",
+         NUMBERS, head_dim=64),
     # --- The splits ----------------------------------------------------------------------------
     _mutant("no border at the chunk before", SPLITS, "first_chunk > 2 ? first_chunk - 1 : 1",
             "first_chunk > 2 ? first_chunk : 1", NUMBERS),

@@ -45,6 +45,7 @@ class Mutant:
         every_push: Part of `make test`; the others run in `make soak`.
         count: How often `old` occurs.
         op: Whose kernel it is, "prefill", "decode" or "sparse": the driver that runs it.
+        fp8: With a cache in fp8 ("decode").
     """
 
     name: str
@@ -57,6 +58,7 @@ class Mutant:
     every_push: bool = False
     count: int = 1
     op: str = "prefill"
+    fp8: bool = False
 
 
 def _mutant(

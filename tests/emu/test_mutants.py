@@ -46,7 +46,7 @@ def compiler() -> str:
     return found.group(1)
 
 
-def build_driver(folder: Path, op: str, kernel: str, head_dim: int) -> Path:
+def build_driver(folder: Path, op: str, kernel: str, head_dim: int, fp8: bool = False) -> Path:
     """Compiles the driver; sources in `folder` hide those of csrc.
 
     Raises:
@@ -60,6 +60,7 @@ def build_driver(folder: Path, op: str, kernel: str, head_dim: int) -> Path:
         f"-I{folder}", f"-I{CSRC}", f"-I{ROOT / 'include'}", f"-I{ROOT / 'tests/cpp'}",
         f"-I{DRIVERS}",
         f"-DDRIVER_SM90={int(kernel == 'sm90')}", f"-DDRIVER_DIM={head_dim}",
+        f"-DDRIVER_FP8={int(fp8)}",
         str(DRIVERS / f"{op}_driver.cpp"), *map(str, libraries), "-lpthread", "-o", str(out),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
@@ -67,10 +68,12 @@ def build_driver(folder: Path, op: str, kernel: str, head_dim: int) -> Path:
     return out
 
 
-def run_driver(driver: Path, kernel: str, head_dim: int, seeds: int) -> tuple[set[str], str]:
+def run_driver(
+    driver: Path, kernel: str, head_dim: int, seeds: int, fp8: bool = False
+) -> tuple[set[str], str]:
     """Runs it with seeds 1, 2, ...; returns what was detected and the whole output."""
     result = subprocess.run(
-        [driver, kernel, str(head_dim), "1", str(seeds)],
+        [driver, kernel, f"{head_dim}-fp8" if fp8 else str(head_dim), "1", str(seeds)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     text = result.stdout + result.stderr
@@ -109,6 +112,14 @@ def test_the_kernels_are_clean_under_many_seeds(
     assert not detected, text
 
 
+@pytest.mark.parametrize(("kernel", "head_dim"), [("sm90", 128), ("sm80", 64)])
+def test_the_fp8_kernels_are_clean(kernel: str, head_dim: int, tmp_path: Path) -> None:
+    """As above, on two seeds; one seed of all four is a C++ test."""
+    driver = build_driver(tmp_path, "decode", kernel, head_dim, fp8=True)
+    detected, text = run_driver(driver, kernel, head_dim, 2, fp8=True)
+    assert not detected, text
+
+
 def _parameters() -> list:
     return [
         pytest.param(m, id=m.name.replace(" ", "_"), marks=[] if m.every_push else pytest.mark.soak)
@@ -120,9 +131,9 @@ def _parameters() -> list:
 def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     """With one seed in `make test`; more in the soak run."""
     mutate(mutant, tmp_path)
-    driver = build_driver(tmp_path, mutant.op, mutant.kernel, mutant.head_dim)
+    driver = build_driver(tmp_path, mutant.op, mutant.kernel, mutant.head_dim, mutant.fp8)
     seeds = 1 if mutant.every_push else 4 if mutant.op == "prefill" else 2
-    detected, text = run_driver(driver, mutant.kernel, mutant.head_dim, seeds)
+    detected, text = run_driver(driver, mutant.kernel, mutant.head_dim, seeds, mutant.fp8)
     shutil.rmtree(tmp_path, ignore_errors=True)
     assert detected & mutant.detectors, (
         f"expected one of {sorted(mutant.detectors)}, got {sorted(detected)}\n{text[-3000:]}"

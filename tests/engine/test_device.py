@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from qwen1m_ext.decode_step import GRAPH_BYTES, decode_sizes, decode_step_bytes
 from qwen1m_ext.device import CPU, STAGES
 from qwen1m_ext.errors import BackendError, MemoryBudgetError, WeightsError
 from qwen1m_ext.events import Progress
-from qwen1m_ext.fp8 import FP8
 from qwen1m_ext.kv_cache import pages_for
 from qwen1m_ext.request import RequestOutput
 from qwen1m_ext.sampler import Sampler
@@ -426,7 +424,6 @@ def test_a_gpu_is_taken(h200: None) -> None:
     ("changes", "words"),
     [
         ({"dtype": torch.float32}, "bfloat16, not in float32"),
-        ({"kv_dtype": FP8, "config": replace(SEVEN, head_dim=64)}, "an fp8 cache"),
         ({"speculative": True}, "speculative"),
         ({"kv_offload": True}, "kv_offload"),
     ],

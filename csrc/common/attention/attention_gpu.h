@@ -43,18 +43,19 @@ void check_attention_gpu(std::string_view op, const Params& p) {
 }
 
 /// The cache as a TMA tensor: (64 dims, token, panel of dims, kv_head, page). A box is `tokens` of
-/// a page of one head as panels of [tokens][64].
+/// a page of one head as panels of [tokens][64], as RowTile has them; rows of 32 dims are one
+/// panel.
 inline arch::TensorMapSpec page_map(const AnyView<4>& cache, uint32_t tokens = kPageSize) {
   const auto pages = static_cast<uint64_t>(cache.size(0));
   const auto heads = static_cast<uint64_t>(cache.size(1));
   const auto dim = static_cast<uint64_t>(cache.size(3));
-  const uint64_t page_bytes = kPageSize * dim * 2;
+  const uint64_t page_bytes = kPageSize * dim * 2, panel = dim < 64 ? dim : 64;
   return {.base = cache.data,
           .element_bytes = 2,
-          .sizes = {64, kPageSize, dim / 64, heads, pages},
-          .stride_bytes = {dim * 2, 128, page_bytes, heads * page_bytes},
-          .box = {64, tokens, static_cast<uint32_t>(dim / 64), 1, 1},
-          .swizzle = arch::Swizzle::k128};
+          .sizes = {panel, kPageSize, dim / panel, heads, pages},
+          .stride_bytes = {dim * 2, panel * 2, page_bytes, heads * page_bytes},
+          .box = {static_cast<uint32_t>(panel), tokens, static_cast<uint32_t>(dim / panel), 1, 1},
+          .swizzle = panel == 64 ? arch::Swizzle::k128 : arch::Swizzle::k64};
 }
 
 }  // namespace qwen1m

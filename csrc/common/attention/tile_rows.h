@@ -13,7 +13,7 @@ namespace qwen1m {
 
 /// A tile of kNumRows rows of kHeadDim dims in shared memory: panels of 64 dims (128 bytes), each
 /// panel [kNumRows][64] with the 128-byte swizzle, so that 8 rows of one 16-byte column lie in
-/// distinct banks.
+/// distinct banks. Rows of 32 dims are one panel with the 64-byte swizzle, to the same end.
 template <int kHeadDim, int kNumRows = static_cast<int>(kTileTokens)>
 struct RowTile {
   static constexpr uint32_t kPanelBytes = kNumRows * 128;
@@ -22,6 +22,10 @@ struct RowTile {
 
   /// 16 bytes of a row: dims [8 chunk, 8 chunk + 8).
   Q1M_DEVICE arch::Shared<arch::Vec16> at(int row, int chunk) const {
+    if constexpr (kHeadDim == 32) {
+      return {storage.address +
+              arch::swizzled_64(static_cast<uint32_t>(row), static_cast<uint32_t>(chunk) * 16)};
+    }
     return {storage.address + static_cast<uint32_t>(chunk / 8) * kPanelBytes +
             arch::swizzled_128(static_cast<uint32_t>(row), static_cast<uint32_t>(chunk % 8) * 16)};
   }

@@ -6,8 +6,10 @@
 namespace qwen1m {
 namespace {
 
-using Sm90Fp8R16 = DecodeAttentionSm90<128, 1, e4m3>;
-using Sm80Fp8R16 = DecodeAttentionSm80<128, 1, e4m3>;
+using Sm90D128Fp8 = DecodeAttentionSm90<128, 1, e4m3>;
+using Sm90D64Fp8 = DecodeAttentionSm90<64, 1, e4m3>;
+using Sm80D128Fp8 = DecodeAttentionSm80<128, 1, e4m3>;
+using Sm80D64Fp8 = DecodeAttentionSm80<64, 1, e4m3>;
 using Sm90D128R16 = DecodeAttentionSm90<128, 1>;
 using Sm90D128R32 = DecodeAttentionSm90<128, 2>;
 using Sm90D64R16 = DecodeAttentionSm90<64, 1>;
@@ -16,8 +18,10 @@ using Sm80D128R16 = DecodeAttentionSm80<128, 1>;
 using Sm80D128R32 = DecodeAttentionSm80<128, 2>;
 using Sm80D64R16 = DecodeAttentionSm80<64, 1>;
 using Sm80D64R32 = DecodeAttentionSm80<64, 2>;
-Q1M_KERNEL_SM90(decode_attention_sm90_fp8_r16, Sm90Fp8R16, kDecodeBlocksPerSm)
-Q1M_KERNEL_SM80(decode_attention_sm80_fp8_r16, Sm80Fp8R16, kDecodeBlocksPerSm)
+Q1M_KERNEL_SM90(decode_attention_sm90_d128_fp8_r16, Sm90D128Fp8, kDecodeBlocksPerSm)
+Q1M_KERNEL_SM90(decode_attention_sm90_d64_fp8_r16, Sm90D64Fp8, kDecodeBlocksPerSm)
+Q1M_KERNEL_SM80(decode_attention_sm80_d128_fp8_r16, Sm80D128Fp8, kDecodeBlocksPerSm)
+Q1M_KERNEL_SM80(decode_attention_sm80_d64_fp8_r16, Sm80D64Fp8, kDecodeBlocksPerSm)
 Q1M_KERNEL_SM90(decode_attention_sm90_d128_r16, Sm90D128R16, kDecodeBlocksPerSm)
 Q1M_KERNEL_SM90(decode_attention_sm90_d128_r32, Sm90D128R32, kDecodeBlocksPerSm)
 Q1M_KERNEL_SM90(decode_attention_sm90_d64_r16, Sm90D64R16, kDecodeBlocksPerSm)
@@ -50,11 +54,16 @@ void decode_attention_cuda(const DecodeAttentionParams& p, Stream stream) {
   const bool fp8 = p.k_cache.dtype == DType::kFloat8E4M3;
   if (arch::kernel_architecture("decode_attention") == 90) {
     const AnyView<4>&k = plan.args.k_cache, &v = plan.args.v_cache;
-    const uint32_t box = k.size(3) == 128 ? kStepKeys<128> : kStepKeys<64>;
+    const int64_t stored_dim = k.size(3);
+    const uint32_t box = stored_dim == 128  ? kStepKeys<128>
+                         : stored_dim == 64 ? kStepKeys<64>
+                                            : kStepKeys<32>;
     const DecodeParamsSm90 params{plan, arch::make_tensor_map(page_map(k, box)),
                                   arch::make_tensor_map(page_map(v, box))};
-    if (fp8) {
-      Q1M_LAUNCH(Sm90Fp8R16, decode_attention_sm90_fp8_r16, params);
+    if (fp8 && wide) {
+      Q1M_LAUNCH(Sm90D128Fp8, decode_attention_sm90_d128_fp8_r16, params);
+    } else if (fp8) {
+      Q1M_LAUNCH(Sm90D64Fp8, decode_attention_sm90_d64_fp8_r16, params);
     } else if (wide && many_rows) {
       Q1M_LAUNCH(Sm90D128R32, decode_attention_sm90_d128_r32, params);
     } else if (wide) {
@@ -64,8 +73,10 @@ void decode_attention_cuda(const DecodeAttentionParams& p, Stream stream) {
     } else {
       Q1M_LAUNCH(Sm90D64R16, decode_attention_sm90_d64_r16, params);
     }
+  } else if (fp8 && wide) {
+    Q1M_LAUNCH(Sm80D128Fp8, decode_attention_sm80_d128_fp8_r16, {plan});
   } else if (fp8) {
-    Q1M_LAUNCH(Sm80Fp8R16, decode_attention_sm80_fp8_r16, {plan});
+    Q1M_LAUNCH(Sm80D64Fp8, decode_attention_sm80_d64_fp8_r16, {plan});
   } else if (wide && many_rows) {
     Q1M_LAUNCH(Sm80D128R32, decode_attention_sm80_d128_r32, {plan});
   } else if (wide) {

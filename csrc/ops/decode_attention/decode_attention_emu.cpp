@@ -62,10 +62,10 @@ Q1M_EMULATED_CALL int qwen1m_emu_decode_attention(const EmulatedTensor* tensors,
       return nothing_to_do;
     }
     const bool many_rows = launch.rows == 32;
-    const auto kernel = p.k_cache.dtype == DType::kFloat8E4M3 ? emulate<128, 1, e4m3>
-                        : p.q.size(3) == 128
-                            ? (many_rows ? emulate<128, 2, bf16> : emulate<128, 1, bf16>)
-                            : (many_rows ? emulate<64, 2, bf16> : emulate<64, 1, bf16>);
+    const bool wide = p.q.size(3) == 128, fp8 = p.k_cache.dtype == DType::kFloat8E4M3;
+    const auto kernel = fp8    ? (wide ? emulate<128, 1, e4m3> : emulate<64, 1, e4m3>)
+                        : wide ? (many_rows ? emulate<128, 2, bf16> : emulate<128, 1, bf16>)
+                               : (many_rows ? emulate<64, 2, bf16> : emulate<64, 1, bf16>);
     return kernel(call->architecture, launch, options);
   });
 }

@@ -3,7 +3,7 @@
 /// instruction for two numbers. The scales of the KV head are factors of all logits and of the
 /// output.
 ///
-/// A cache row of 128 dims is 128 bytes, for the copies a row of 64 numbers of two bytes. Fragments
+/// A cache row of D dims is D bytes, for the copies a row of D / 2 numbers of two bytes. Fragments
 /// come by ldmatrix, whose lane t of four then holds the dims 4 t to 4 t + 3 of a 16-byte chunk:
 /// the sum over dims may run in any order, so that the queries are laid out to match. Of values a
 /// transposed ldmatrix gives pairs of dims of neighbouring keys; their even and odd dims become two

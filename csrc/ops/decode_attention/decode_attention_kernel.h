@@ -1,6 +1,7 @@
 #pragma once
-/// decode_attention on a GPU: bf16, head_dim 64 or 128. The kernels of both architectures are this
-/// one with another ring of copies (decode_attention_sm80.cuh, decode_attention_sm90.cuh).
+/// decode_attention on a GPU: bf16, head_dim 64 or 128, and an fp8 cache. The kernels of both
+/// architectures are this one with another ring of copies (decode_attention_sm80.cuh,
+/// decode_attention_sm90.cuh).
 ///
 /// A block is 4 warps and one split of a sequence's keys for one KV head. Its rows are the group of
 /// query heads times the query tokens, 16 to a product (mma.sync m16n8k16): decoding reads each key
@@ -67,7 +68,7 @@ struct DecodeAttention {
   static constexpr int kKeys = kStepKeys<kStoredDim>;
   static constexpr int kThreads = kDecodeWarps * 32;
   static constexpr int kRows = 16 * kRowTiles;
-  static_assert(kStoredDim == 64 || kStoredDim == 128, "whole 128-byte panels");
+  static_assert(kStoredDim == 32 || kStoredDim == 64 || kStoredDim == 128, "RowTile has these");
 
   using Ring = RingOf<kStoredDim>;
   using Params = typename Ring::Params;

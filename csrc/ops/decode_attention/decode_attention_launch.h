@@ -37,8 +37,6 @@ inline DecodeLaunch plan_decode_attention(const DecodeAttentionParams& p, int nu
   check_attention_gpu("decode_attention", p);
   const ArgCheck args("decode_attention");
   const bool fp8 = p.k_cache.dtype == DType::kFloat8E4M3;
-  args.require(!fp8 || p.q.size(3) == 128, "q", "head_dim D 128 with an fp8 cache on a GPU",
-               p.q.size(3));
   const DecodeAttentionShape shape = shape_of(p);
   const int64_t scratch_bytes = decode_attention_scratch_bytes(shape, num_sms);
   args.require(p.scratch.size(0) >= scratch_bytes, "scratch",

@@ -81,7 +81,7 @@ class CpAsyncRing {
 };
 
 /// kRowTiles 1 or 2: up to 16 or 32 rows (query heads of a KV head times query tokens) a block.
-/// Cache: bf16, or e4m3 (D = 128), seen by the copies as rows of D / 2 numbers of two bytes.
+/// Cache: bf16, or e4m3, seen by the copies as rows of D / 2 numbers of two bytes.
 template <int kHeadDim, int kRowTiles, typename Cache = bf16>
 struct DecodeAttentionSm80 : DecodeAttention<kHeadDim, kRowTiles, Cache, CpAsyncRing> {
   static_assert(sizeof(typename DecodeAttentionSm80::Smem) <= arch::kMaxSharedBytesSm80);

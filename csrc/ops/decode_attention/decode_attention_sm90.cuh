@@ -96,7 +96,7 @@ class TmaRing {
 };
 
 /// kRowTiles 1 or 2: up to 16 or 32 rows (query heads of a KV head times query tokens) a block.
-/// Cache: bf16, or e4m3 (D = 128), seen by the copies as rows of D / 2 numbers of two bytes.
+/// Cache: bf16, or e4m3, seen by the copies as rows of D / 2 numbers of two bytes.
 template <int kHeadDim, int kRowTiles, typename Cache = bf16>
 struct DecodeAttentionSm90 : DecodeAttention<kHeadDim, kRowTiles, Cache, TmaRing> {
   static_assert(kDecodeBlocksPerSm * (sizeof(typename DecodeAttentionSm90::Smem) + 1024) <=
