@@ -187,6 +187,21 @@ Q1M_DEVICE void mbarrier_wait(Shared<Mbarrier> bar, uint32_t parity Q1M_SITE);
 template <typename T>
 Q1M_DEVICE Shared<T> map_to_rank(Shared<T> at, uint32_t rank);
 
+/// ld.shared::cluster of 4 or 8 bytes from another block of the cluster (map_to_rank).
+/// cluster_arrive and cluster_wait order it behind what that block stored, and in front of its end.
+template <typename T>
+Q1M_DEVICE T shared_load_remote(Shared<T> from Q1M_SITE);
+
+/// Blocks of a kernel struct's clusters: its kCluster, or 1.
+template <typename Kernel>
+constexpr int cluster_of() {
+  if constexpr (requires { Kernel::kCluster; }) {
+    return Kernel::kCluster;
+  } else {
+    return 1;
+  }
+}
+
 // --- Proxies (8.6) ---------------------------------------------------------------------------
 
 /// fence.proxy.async.shared::cta: what this thread wrote with shared_store or stmatrix becomes

@@ -97,6 +97,7 @@ arch::emu::Report emulate_kernel(const typename Kernel::Params& params,
   return arch::emu::launch(
       {.blocks = Kernel::blocks(params),
        .threads = Kernel::threads(params),
+       .cluster_size = arch::cluster_of<Kernel>(),
        .shared_bytes = sizeof(typename Kernel::Smem)},
       [&] { Kernel::run(params); }, options);
 }

@@ -29,7 +29,7 @@ void for_each_probe(const Visit& visit) {
       Tag<WgmmaProbe<128, Major::kMN, Major::kK>>{}, Tag<WgmmaProbe<128, Major::kMN, Major::kMN>>{},
       Tag<WgmmaRegistersProbe<64, Major::kK>>{}, Tag<WgmmaRegistersProbe<64, Major::kMN>>{},
       Tag<WgmmaRegistersProbe<128, Major::kK>>{}, Tag<WgmmaRegistersProbe<128, Major::kMN>>{});
-  visit_all(Tag<ClusterProbe>{}, Tag<LastBlockProbe>{}, Tag<FlagProbe>{});
+  visit_all(Tag<ClusterProbe>{}, Tag<RemoteLoadProbe>{}, Tag<LastBlockProbe>{}, Tag<FlagProbe>{});
 }
 
 }  // namespace qwen1m::conformance

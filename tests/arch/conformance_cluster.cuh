@@ -85,6 +85,57 @@ struct ClusterProbe {
   }
 };
 
+/// Reads of other blocks' shared memory between two barriers of the cluster.
+struct RemoteLoadProbe {
+  static constexpr const char* kName = "shared_load_remote";
+  static constexpr int kThreads = 64;
+  static constexpr int kBlocks = 8;
+  static constexpr int kCluster = 4;
+  struct Layout {
+    uint64_t wide[kThreads];
+    uint32_t narrow[kThreads];
+  };
+
+  static Q1M_DEVICE void run(const Params& p) {
+    const auto shared = shared_memory<Layout>();
+    const int t = thread_index();
+    const auto block = static_cast<uint32_t>(block_index());
+    shared_store(Q1M_SHARED_MEMBER(shared, wide)[t],
+                 uint64_t{block} << 40 | static_cast<uint64_t>(t));
+    shared_store(Q1M_SHARED_MEMBER(shared, narrow)[t], 1000 * block + static_cast<uint32_t>(t));
+    cluster_arrive();
+    cluster_wait();
+    uint64_t sum = 0;
+    for (uint32_t rank = 0; rank < kCluster; ++rank) {
+      const auto wide = map_to_rank(Q1M_SHARED_MEMBER(shared, wide), rank);
+      const auto narrow = map_to_rank(Q1M_SHARED_MEMBER(shared, narrow), rank);
+      sum = 3 * sum + shared_load_remote(wide[t ^ 1]) + shared_load_remote(narrow[t ^ 5]);
+    }
+    cluster_arrive();
+    cluster_wait();
+    uint32_t* out = p.out + (block_index() * kThreads + t) * 2;
+    global_store(out, static_cast<uint32_t>(sum));
+    global_store(out + 1, static_cast<uint32_t>(sum >> 32));
+  }
+
+  static std::vector<Case> cases() {
+    Case test;
+    test.in = {0};
+    for (uint32_t block = 0; block < kBlocks; ++block) {
+      for (uint32_t t = 0; t < kThreads; ++t) {
+        uint64_t sum = 0;
+        for (uint32_t rank = 0; rank < kCluster; ++rank) {
+          const uint32_t other = block / kCluster * kCluster + rank;
+          sum = 3 * sum + (uint64_t{other} << 40 | (t ^ 1)) + 1000 * other + (t ^ 5);
+        }
+        test.expected.push_back(static_cast<uint32_t>(sum));
+        test.expected.push_back(static_cast<uint32_t>(sum >> 32));
+      }
+    }
+    return {test};
+  }
+};
+
 /// The block that finishes last sums up what all wrote; a sum of fp32 by reductions.
 struct LastBlockProbe {
   static constexpr const char* kName = "atomic_add, fence_device, global_load_coherent, reduce_add";

@@ -150,5 +150,48 @@ Q1M_TEST(half_the_bytes_expected) {
   caught("mbarrier-phase|deadlock|mbarrier-overarrive", Bug::kHalfExpected);
 }
 
+// --- Reads of another block's shared memory ------------------------------------------------------
+
+enum class ReadBug { kNone, kNoBarrier, kWrittenAgain, kExitsEarly };
+
+void read_peer(float* out, ReadBug bug) {
+  const auto own = Q1M_SHARED_MEMBER(shared_memory<Layout>(), stage)[0][thread_index() % kHalf];
+  if (thread_index() < kHalf) shared_store(own, static_cast<float>(block_index()));
+  if (bug != ReadBug::kNoBarrier) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    block_sync();
+  }
+  const float peer = shared_load_remote(map_to_rank(own, cluster_rank() ^ 1));
+  if (bug == ReadBug::kWrittenAgain && thread_index() < kHalf) shared_store(own, 0.0F);
+  if (bug != ReadBug::kExitsEarly) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  if (thread_index() == 0) global_store(out + block_index(), peer);
+}
+
+Q1M_TEST(reading_a_peer_is_clean) {
+  Buffers buffers;
+  EXPECT_CLEAN(kShape, [&] { read_peer(buffers.out, ReadBug::kNone); });
+  for (int block = 0; block < 2 * Buffers::kClusters; ++block) {
+    EXPECT_EQ(buffers.out[block], static_cast<float>(block ^ 1));
+  }
+}
+
+void read_caught(const std::string& kinds, ReadBug bug) {
+  Buffers buffers;
+  EXPECT_CAUGHT(kinds, kShape, [&] { read_peer(buffers.out, bug); });
+}
+
+Q1M_TEST(peer_read_before_it_has_written) {
+  read_caught("race-read-after-write|race-write-after-read|uninitialised", ReadBug::kNoBarrier);
+}
+Q1M_TEST(written_again_while_the_peer_reads) {
+  read_caught("race-write-after-read|race-read-after-write", ReadBug::kWrittenAgain);
+}
+Q1M_TEST(block_exits_while_its_peer_reads_it) { read_caught("cluster-exit", ReadBug::kExitsEarly); }
+
 }  // namespace
 }  // namespace qwen1m::arch

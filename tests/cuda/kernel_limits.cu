@@ -36,8 +36,10 @@ static_assert(fits<EmbeddingKernel, 1, 16, kSm80>(), "embedding_kernel");
 static_assert(fits<QkvRopeAppendKernel<bf16>, 1, 16, kSm80>(), "qkv_rope_append_kernel");
 static_assert(fits<QkvRopeAppendKernel<e4m3>, 1, 16, kSm80>(), "qkv_rope_append_kernel_fp8");
 static_assert(fits<RmsNormKernel, 128, 16, kSm80>(), "rms_norm_kernel");
-static_assert(fits<SampleKernel<float>, 264, 1, kSm80>(), "sample_kernel_fp32");
-static_assert(fits<SampleKernel<bf16>, 264, 1, kSm80>(), "sample_kernel_bf16");
+static_assert(fits<SampleKernel<float, 8>, 4400, 4, kSm90>(), "sample_kernel_sm90_fp32");
+static_assert(fits<SampleKernel<bf16, 8>, 4400, 4, kSm90>(), "sample_kernel_sm90_bf16");
+static_assert(fits<SampleKernel<float, 1>, 304, 1, kSm80>(), "sample_kernel_sm80_fp32");
+static_assert(fits<SampleKernel<bf16, 1>, 304, 1, kSm80>(), "sample_kernel_sm80_bf16");
 static_assert(fits<SwigluKernel, 1, 8, kSm80>(), "swiglu_kernel");
 static_assert(fits<WidenPagesKernel, 1, 16, kSm80>(), "widen_pages_kernel");
 static_assert(fits<DecodeAttentionSm90<128, 1>, 103424, 2, kSm90>(),

@@ -13,6 +13,10 @@ Q1M_PROBE(fence_mbarrier_init) { arch::fence_mbarrier_init(); }
 Q1M_PROBE(mbarrier_arrive) { arch::mbarrier_arrive(bar); }
 Q1M_PROBE(mbarrier_arrive_expect_tx) { arch::mbarrier_arrive_expect_tx(bar, p.parity); }
 Q1M_PROBE(mbarrier_arrive_remote) { arch::mbarrier_arrive_remote(arch::map_to_rank(bar, 1)); }
+Q1M_PROBE(shared_load_remote) {
+  arch::global_store(
+      p.words, arch::shared_load_remote(arch::map_to_rank(Q1M_SHARED_MEMBER(shared, words)[3], 1)));
+}
 Q1M_PROBE(mbarrier_wait) { arch::mbarrier_wait(bar, p.parity); }
 Q1M_PROBE(fence_proxy_async) { arch::fence_proxy_async(); }
 Q1M_PROBE(tma_load) { arch::tma_load(row.as<void>(), p.map, bar, {{0, p.number, 0, 1, 2}}); }

@@ -66,6 +66,7 @@ SM90 = {
     "mbarrier_arrive": {"SYNCS.ARRIVE": 1, "MEMBAR": 0},
     "mbarrier_arrive_expect_tx": {"SYNCS.ARRIVE": 1, "MEMBAR": 0},
     "mbarrier_arrive_remote": {"SYNCS.ARRIVE": 1, "MEMBAR": 0},
+    "shared_load_remote": {"LD.E": 1},
     "mbarrier_wait": {"SYNCS.PHASECHK": 2, "CCTL": 0},
     "fence_proxy_async": {"FENCE.VIEW.ASYNC": 1},
     "tma_load": {"UTMALDG.5D": 1, "UTMALDG.5D.MULTICAST": 0},

@@ -28,6 +28,7 @@ class Mutant:
         test: Function of tests/ops/test_<op>.py.
         case: Of the case list; None for tests without one.
         file: Of csrc/ops/<op>/<op>_*.
+        device: Whose kernel it is.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Mutant:
     test: str = "test_matches_definition"
     case: str | None = "vectors_of_8"
     file: str = "kernel.cuh"
+    device: str = "emu_sm80"
 
 
 def _mutant(
@@ -49,6 +51,12 @@ def _mutant(
 def _fp8(name: str, old: str, new: str, *detectors: str) -> Mutant:
     return _mutant("qkv_rope_append", f"fp8: {name}", old, new, *detectors,
                    test="test_fp8_cache_holds_the_rounded_values", case="chunk_border")  # fmt: skip
+
+
+def _cluster(
+    name: str, old: str, new: str, *detectors: str, case: str = "everything_of_many"
+) -> Mutant:
+    return _mutant("sample", f"cluster: {name}", old, new, *detectors, case=case, device="emu_sm90")
 
 
 _RAW = "race-read-after-write"
@@ -121,15 +129,15 @@ MUTANTS = (
     _mutant("sample", "no barrier before partial results are read",
             "      arch::block_sync();\n      return arch::lane_index() < kWarps",
             "      return arch::lane_index() < kWarps", _RAW, "uninitialised", case="plain"),
-    _mutant("sample", "partial results are written while they are read", "turn ^= 1;", "turn ^= 0;",
+    _mutant("sample", "partial results are written while they are read", "      turn ^= 1;", "      turn ^= 0;",
             "race-write-after-read", case="everything"),
     _mutant("sample", "no barrier before the token is read",
-            "      arch::block_sync();\n      return arch::shared_load(Q1M_SHARED_MEMBER(smem, picked));",
-            "      return arch::shared_load(Q1M_SHARED_MEMBER(smem, picked));", _RAW, "uninitialised",
+            "        arch::block_sync();\n        return arch::shared_load(picked);",
+            "        return arch::shared_load(picked);", _RAW, "uninitialised",
             case="plain"),
     _mutant("sample", "the history through the read-only path", "arch::global_load_coherent(vector_at(history_at(first), half))",
             "arch::global_load(vector_at(history_at(first), half))", "global-read-only", case="everything"),
-    _mutant("sample", "all threads count the token", "    if (arch::thread_index() == 0) {\n      arch::global_store(p.args.token_ids",
+    _mutant("sample", "all threads count the token", "    if (writes) {\n      arch::global_store(p.args.token_ids",
             "    {\n      arch::global_store(p.args.token_ids", "global-race", case="everything"),
     _mutant("sample", "the end of the row is missing", "id < vocab(); ++id", "id + 1 < vocab(); ++id", NUMBERS, case="plain"),
     _mutant("sample", "a NaN is a logit like others", "logit == logit ?", "true ?", NUMBERS,
@@ -146,4 +154,22 @@ MUTANTS = (
             NUMBERS, DEADLOCK, case="top_k", file="rule.h"),
     _mutant("sample", "higher ids first among equals", "(0xfffffffeu - static_cast<uint32_t>(id))", "static_cast<uint32_t>(id + 1)",
             NUMBERS, "global-bounds", test="test_ties", case=None, file="rule.h"),
+    _cluster("a block ends while another reads it", "    if constexpr (kBlocks > 1) Row::cluster_sync();  // no block", "    // no block",
+             "cluster-exit"),
+    _cluster("no barrier before another block's result is read",
+             "arch::shared_store(place, of_block);\n      cluster_sync();", "arch::shared_store(place, of_block);\n      arch::block_sync();",
+             _RAW, "uninitialised", "race-write-after-read"),
+    _cluster("blocks' results are written while they are read", "block_turn ^= 1;", "block_turn ^= 0;", "race-write-after-read"),
+    _cluster("no barrier before other blocks' weights are read", "arch::shared_store(place, part);\n        cluster_sync();",
+             "arch::shared_store(place, part);\n        arch::block_sync();", _RAW, "uninitialised", "race-write-after-read"),
+    _cluster("no barrier before the token is read", "      if constexpr (kBlocks > 1) {\n        cluster_sync();\n        const",
+             "      if constexpr (kBlocks > 1) {\n        arch::block_sync();\n        const", _RAW, "uninitialised",
+             "race-write-after-read"),
+    _cluster("the first block picks", "if (by == arch::cluster_rank()) pick_own", "if (arch::cluster_rank() == 0) pick_own",
+             NUMBERS, "uninitialised", DEADLOCK),
+    _cluster("weights of the blocks before are not taken off", "          left -= parts[rank];\n", "", NUMBERS, "uninitialised", DEADLOCK),
+    _cluster("each block has the whole row", "      const int end = run + of_block;", "      const int end = whole + 1;", NUMBERS,
+             "uninitialised", DEADLOCK),
+    _cluster("every block writes the token", "arch::thread_index() == 0 && arch::cluster_rank() == 0", "arch::thread_index() == 0",
+             "global-race"),
 )  # fmt: skip

@@ -46,7 +46,7 @@ def build_library(op: str, folder: Path) -> ctypes.CDLL:
 def run_test(mutant: Mutant) -> tuple[set[str], str]:
     """Runs the op's test; returns what it found and the text."""
     test = getattr(importlib.import_module(f"ops.test_{mutant.op}"), mutant.test)
-    arguments: dict[str, Any] = {"device": "emu_sm80"}
+    arguments: dict[str, Any] = {"device": mutant.device}
     if mutant.case:
         arguments["case"] = case(mutant.op, mutant.case)
         by_name = mutant.op != "embedding"  # whose test is about bits

@@ -31,7 +31,7 @@ OPS = {
     "prefill_attention": ["emu_sm90", "emu_sm80"],
     "qkv_rope_append": ["emu_sm80"],
     "rms_norm": ["emu_sm80"],
-    "sample": ["emu_sm80"],
+    "sample": ["emu_sm90", "emu_sm80"],
     "sparse_estimate": ["emu_sm80"],
     "sparse_plan": ["emu_sm80"],
     "sparse_prefill": ["emu_sm90", "emu_sm80"],

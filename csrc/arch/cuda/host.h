@@ -68,6 +68,7 @@ void launch_after_prior_grid(void (*kernel)(typename Kernel::Params), const char
           .blocks = Kernel::blocks(params),
           .threads = Kernel::threads(params),
           .shared_bytes = sizeof(typename Kernel::Smem),
+          .cluster = cluster_of<Kernel>(),
           .dependent = require_sm80(name) == 90,
           .stream = stream},
          params);

@@ -60,6 +60,21 @@ Q1M_DEVICE T shared_load(Shared<T> from) {
 }
 
 template <typename T>
+Q1M_DEVICE T shared_load_remote(Shared<T> from) {
+  using detail::bits_as;
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t v;
+    asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(v) : "r"(from.address) : "memory");
+    return bits_as<T>(v);
+  } else {
+    uint64_t v;
+    asm volatile("ld.shared::cluster.b64 %0, [%1];" : "=l"(v) : "r"(from.address) : "memory");
+    return bits_as<T>(v);
+  }
+}
+
+template <typename T>
 Q1M_DEVICE void shared_store(Shared<T> to, T value) {
   using detail::bits_as;
   if constexpr (sizeof(T) == 2) {

@@ -26,6 +26,13 @@ Q1M_DEVICE T shared_load(Shared<T> from, Site site) {
   return value;
 }
 template <typename T>
+Q1M_DEVICE T shared_load_remote(Shared<T> from, Site site) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  T value;
+  emu::shared_load_remote(&value, from.address, sizeof(T), site);
+  return value;
+}
+template <typename T>
 Q1M_DEVICE void shared_store(Shared<T> to, T value, Site site) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   emu::shared_store(to.address, &value, sizeof(T), site);

@@ -201,7 +201,7 @@ uint32_t own_offset(uint32_t address, Site site, const char* what) {
     report_fatal("shared-window", site,
                  std::string(what) +
                      " got an address of map_to_rank; only "
-                     "mbarrier_arrive_remote takes one");
+                     "mbarrier_arrive_remote and shared_load_remote take one");
   }
   return offset_of(address);
 }
@@ -231,6 +231,23 @@ void shared_load(void* to, uint32_t address, uint32_t bytes, Site site) {
   shared.check_range(offset, bytes, bytes, site, "shared_load");
   shared.note_read(offset, bytes, thread.actor(), site, "shared_load");
   std::copy_n(shared.at(offset), bytes, static_cast<uint8_t*>(to));
+}
+
+void shared_load_remote(void* to, uint32_t address, uint32_t bytes, Site site) {
+  Thread& thread = self();
+  Block& block = block_of(address, site);
+  if (&block != thread.block) {
+    if (block.exited) {
+      report_fatal("cluster-exit", site,
+                   "reads shared memory of block " + std::to_string(block.index) +
+                       " of the cluster, which has exited");
+    }
+    block.note_remote_access(thread);
+  }
+  const uint32_t offset = offset_of(address);
+  block.shared.check_range(offset, bytes, bytes, site, "shared_load_remote");
+  block.shared.note_read(offset, bytes, thread.actor(), site, "shared_load_remote");
+  std::copy_n(block.shared.at(offset), bytes, static_cast<uint8_t*>(to));
 }
 
 void shared_store(uint32_t address, const void* from, uint32_t bytes, Site site) {

@@ -12,6 +12,7 @@ uint32_t shared_base();
 void shared_load(void* to, uint32_t address, uint32_t bytes, Site site);
 void shared_store(uint32_t address, const void* from, uint32_t bytes, Site site);
 uint32_t map_to_rank(uint32_t address, uint32_t rank);
+void shared_load_remote(void* to, uint32_t address, uint32_t bytes, Site site);
 void fence_proxy_async(Site site);
 
 // identity

@@ -3,6 +3,18 @@
 #include "ops/sample/sample_kernel.cuh"
 
 namespace qwen1m {
+namespace {
+
+/// A cluster of 2 blocks stands for that of 8: every thread has a clock of each other one, so that
+/// 4,096 of them would take 16 times as long.
+template <typename Logit>
+arch::emu::Report emulate(const SampleParams& p, int64_t architecture,
+                          const arch::emu::Options& options) {
+  return architecture == 90 ? emulate_kernel<SampleKernel<Logit, 2>>({p}, options)
+                            : emulate_kernel<SampleKernel<Logit, 1>>({p}, options);
+}
+
+}  // namespace
 
 /// Arguments: token_ids, logprobs, history (data of these two may be null), logits, temperature,
 /// top_k, top_p, min_p, penalties (null with history), seed, position. See emulated_call.h for the
@@ -21,8 +33,8 @@ Q1M_EMULATED_CALL int qwen1m_emu_sample(const EmulatedTensor* tensors, const Emu
                          .seed = tensors[9].typed<const int64_t, 1>(),
                          .position = tensors[10].typed<const int64_t, 1>()};
     check_sample_gpu(p);
-    return p.logits.dtype == DType::kFloat32 ? emulate_kernel<SampleKernel<float>>({p}, options)
-                                             : emulate_kernel<SampleKernel<bf16>>({p}, options);
+    return (p.logits.dtype == DType::kFloat32 ? emulate<float>
+                                              : emulate<bf16>)(p, call->architecture, options);
   });
 }
 
