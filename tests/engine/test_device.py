@@ -6,7 +6,6 @@ way to them: copies, captured steps, tokens that stay on the device.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -284,6 +283,15 @@ def test_a_step_that_breaks_a_rule_is_not_captured(
         LLM(checkpoint, device=RecordingDevice(), **OPTIONS)
 
 
+def test_captured_memory_must_not_move(checkpoint: Path) -> None:
+    """On purpose: a workspace that grows after the capture."""
+    llm = LLM(checkpoint, device=RecordingDevice(), **OPTIONS)
+    storage = llm.engine.model.workspace.q.untyped_storage()
+    storage.resize_(64 * storage.nbytes())
+    with pytest.raises(AssertionError, match="captured memory has moved"):
+        llm.generate(PROMPTS[0], GREEDY)
+
+
 def test_what_crosses_is_not_overwritten_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     device = RecordingDevice()
     device.reserve(1024, results=4)
@@ -348,10 +356,8 @@ def test_a_failed_kernel_ends_the_engine(
     monkeypatch.setattr(llm.engine.model, "forward", forward)
     with pytest.raises((BackendError, RuntimeError)):
         llm.generate(PROMPTS[0], GREEDY)
-    for _ in range(100):
-        if llm.engine.failure:
-            break
-        time.sleep(0.05)
+    for thread in llm.engine._core._threads:
+        thread.join(10)
     assert isinstance(llm.engine.failure, BackendError)
     with pytest.raises(BackendError, match="illegal memory access"):
         llm.generate(PROMPTS[0], GREEDY)
