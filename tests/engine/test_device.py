@@ -7,6 +7,7 @@ way to them: copies, captured steps, tokens that stay on the device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lib.checkpoints import model_config, write_checkpoint
 from lib.emulator import emulated_ops, library_path
 from lib.hold import together
 from lib.recording_device import GARBAGE, RecordingDevice
+from lib.same_output import Answer, compare
 from qwen1m_ext import LLM, SamplingParams, choices, engine, ops
 from qwen1m_ext.choices import Wanted, choose_device
 from qwen1m_ext.config import load_config
@@ -219,7 +221,7 @@ def test_emulated_kernels(
         pytest.skip("libqwen1m_emu_ops.so is not built (make test builds it)")
     config = model_config(
         hidden_size=128, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1,
-        torch_dtype="bfloat16", head_dim=128 if kv == "fp8" else 64,
+        torch_dtype="bfloat16",
     )  # fmt: skip
     directory = write_checkpoint(tmp_path, config, gain=2.0, seed=3, dtype=torch.bfloat16)
     options: dict[str, Any] = {
@@ -229,7 +231,7 @@ def test_emulated_kernels(
     prompts, params = [prompt(150, 1), prompt(190, 2)], SamplingParams(temperature=0, max_tokens=6)
     cpu = LLM(directory, device="cpu", **options)
     with together(cpu.engine, len(prompts)):
-        want = cpu.generate(prompts, params)
+        want = cpu.generate(prompts, replace(params, logprobs=2))
     plain = engine.load_weights  # what a GPU allocates is aligned, a mapped file is not
     monkeypatch.setattr(engine, "load_weights", lambda *a: mapped(plain(*a), torch.clone))
     with emulated_ops(architecture) as called:
@@ -240,7 +242,9 @@ def test_emulated_kernels(
     wanted = Wanted(SEVEN, torch.bfloat16, llm.engine.kv_dtype, sparse=attention == "sparse")
     assert set(called) == set(wanted.ops)
     assert sum(graph.replays for graph in queue_of(llm).graphs) >= 5
-    assert tokens(got) == tokens(want)
+    # logits of this model spread over 60, in steps of up to 0.25: rounding moves them by more
+    report = compare([Answer.of(o) for o in got], [Answer.of(o) for o in want], near_tie=1.5)
+    assert report.beyond == [] and report.steps >= 6, report
 
 
 def test_a_prefill_that_nobody_wants_stops_between_layers(queued: LLM) -> None:
@@ -430,6 +434,7 @@ def test_a_gpu_is_taken(h200: None) -> None:
     ("changes", "words"),
     [
         ({"dtype": torch.float32}, "bfloat16, not in float32"),
+        ({"config": replace(SEVEN, head_dim=96)}, "head_dim of 64 or 128, not 96"),
         ({"speculative": True}, "speculative"),
         ({"kv_offload": True}, "kv_offload"),
     ],
