@@ -29,6 +29,7 @@ class Mutant:
         case: Of the case list; None for tests without one.
         file: Of csrc/ops/<op>/<op>_*.
         device: Whose kernel it is.
+        every_push: Part of `make test`; the others run in `make soak`.
     """
 
     op: str
@@ -40,23 +41,27 @@ class Mutant:
     case: str | None = "vectors_of_8"
     file: str = "kernel.cuh"
     device: str = "emu_sm80"
+    every_push: bool = True
 
 
 def _mutant(
-    op: str, name: str, old: str, new: str, *detectors: str, **options: str | None
+    op: str, name: str, old: str, new: str, *detectors: str, **options: str | bool | None
 ) -> Mutant:
     return Mutant(op, name, old, new, frozenset(detectors), **options)  # type: ignore[arg-type]
 
 
-def _fp8(name: str, old: str, new: str, *detectors: str) -> Mutant:
-    return _mutant("qkv_rope_append", f"fp8: {name}", old, new, *detectors,
-                   test="test_fp8_cache_holds_the_rounded_values", case="chunk_border")  # fmt: skip
+def _fp8(name: str, old: str, new: str, *detectors: str, every_push: bool = False) -> Mutant:
+    return _mutant(
+        "qkv_rope_append", f"fp8: {name}", old, new, *detectors, every_push=every_push,
+        test="test_fp8_cache_holds_the_rounded_values", case="chunk_border",
+    )  # fmt: skip
 
 
-def _cluster(
-    name: str, old: str, new: str, *detectors: str, case: str = "everything_of_many"
-) -> Mutant:
-    return _mutant("sample", f"cluster: {name}", old, new, *detectors, case=case, device="emu_sm90")
+def _cluster(name: str, old: str, new: str, *detectors: str, every_push: bool = False) -> Mutant:
+    return _mutant(
+        "sample", f"cluster: {name}", old, new, *detectors, every_push=every_push,
+        case="everything_of_many", device="emu_sm90",
+    )  # fmt: skip
 
 
 _RAW = "race-read-after-write"
@@ -108,23 +113,23 @@ MUTANTS = (
     _fp8("not divided by the scale", "values[2 * i] / scale, values[2 * i + 1] / scale",
          "values[2 * i], values[2 * i + 1]", NUMBERS),
     _fp8("keys with the scales of values", "load_scale(p.args.k_scale, head)", "load_scale(p.args.v_scale, head)",
-         NUMBERS),
+         NUMBERS, every_push=True),
     _fp8("the scale of the first head for all", "scale.at(kv_head)", "scale.at(0)", NUMBERS),
     _fp8("pairs in the wrong order", "pairs[0] | pairs[1] << 16", "pairs[1] | pairs[0] << 16", NUMBERS),
     _fp8("vectors twice as wide", "reinterpret_cast<uint64_t*>(head) + in_head",
          "reinterpret_cast<uint64_t*>(head) + 2 * in_head", NUMBERS, "global-race", "global-bounds"),
     # --- widen_pages ---------------------------------------------------------------------------
     _mutant("widen_pages", "a NaN becomes 480", "magnitude == 0x7f ? arch::as_float(0x7fc00000) : small", "small", NUMBERS),
-    _mutant("widen_pages", "signs are lost", "(code & 0x80) << 24 | ", "", NUMBERS),
-    _mutant("widen_pages", "the scale of the first head for all", "args.scale.at(head)", "args.scale.at(0)", NUMBERS),
+    _mutant("widen_pages", "signs are lost", "(code & 0x80) << 24 | ", "", NUMBERS, every_push=False),
+    _mutant("widen_pages", "the scale of the first head for all", "args.scale.at(head)", "args.scale.at(0)", NUMBERS, every_push=False),
     _mutant("widen_pages", "the last piece of a page is missing", "(vectors + kPiece - 1) / kPiece)", "vectors / kPiece)",
-            NUMBERS, case="head_dim_80"),
+            NUMBERS, case="head_dim_80", every_push=False),
     _mutant("widen_pages", "no end of a page", "      if (at < p.vectors) arch::global_store", "      arch::global_store",
-            NUMBERS, "global-race", "global-bounds"),
+            NUMBERS, "global-race", "global-bounds", every_push=False),
     _mutant("widen_pages", "a page that is not there", "    if (page < 0 || page >= args.codes.size(0)) return;\n", "",
             "global-bounds", test="test_a_page_outside_of_the_cache", case=None),
     _mutant("widen_pages", "the n-th page instead of the page of that number", "wide.as<bf16>().at(page, head)",
-            "wide.as<bf16>().at(row / heads, head)", NUMBERS),
+            "wide.as<bf16>().at(row / heads, head)", NUMBERS, every_push=False),
     # --- sample --------------------------------------------------------------------------------
     _mutant("sample", "no barrier before partial results are read",
             "      arch::block_sync();\n      return arch::lane_index() < kWarps",
@@ -158,7 +163,7 @@ MUTANTS = (
              "cluster-exit"),
     _cluster("no barrier before another block's result is read",
              "arch::shared_store(place, of_block);\n      cluster_sync();", "arch::shared_store(place, of_block);\n      arch::block_sync();",
-             _RAW, "uninitialised", "race-write-after-read"),
+             _RAW, "uninitialised", "race-write-after-read", every_push=True),
     _cluster("blocks' results are written while they are read", "block_turn ^= 1;", "block_turn ^= 0;", "race-write-after-read"),
     _cluster("no barrier before other blocks' weights are read", "arch::shared_store(place, part);\n        cluster_sync();",
              "arch::shared_store(place, part);\n        arch::block_sync();", _RAW, "uninitialised", "race-write-after-read"),

@@ -5,13 +5,14 @@
 namespace qwen1m {
 namespace {
 
-/// A cluster of 2 blocks stands for that of 8: every thread has a clock of each other one, so that
-/// 4,096 of them would take 16 times as long.
+/// A cluster of 2 blocks stands for that of 8, except for the vocabulary of the models: every
+/// thread has a clock of each other one, so that 4,096 of them take 16 times as long.
 template <typename Logit>
 arch::emu::Report emulate(const SampleParams& p, int64_t architecture,
                           const arch::emu::Options& options) {
-  return architecture == 90 ? emulate_kernel<SampleKernel<Logit, 2>>({p}, options)
-                            : emulate_kernel<SampleKernel<Logit, 1>>({p}, options);
+  if (architecture != 90) return emulate_kernel<SampleKernel<Logit, 1>>({p}, options);
+  return p.logits.size(1) > 100'000 ? emulate_kernel<SampleKernel<Logit, 8>>({p}, options)
+                                    : emulate_kernel<SampleKernel<Logit, 2>>({p}, options);
 }
 
 }  // namespace
