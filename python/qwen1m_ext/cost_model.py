@@ -12,6 +12,7 @@ steps say nothing (no long prompt yet) the counted proportions stay, scaled to t
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,10 +32,18 @@ PRIOR_WEIGHT = 1e-5
 """Weight of the counted proportions, in steps. Small: a fixed cost of 100 times the counted one is
 normal. It decides only where the steps say nothing."""
 
+RECENT_STEPS = 48
+"""Prefill steps that say how late steps come: few, so that a machine that becomes busy is noticed
+after two of them."""
+
+WITHIN_CAP = 0.95
+"""Share of steps that a latency cap holds for."""
+
 MAX_CHUNK_TOKENS = 1 << 21
 """More than any context."""
 
 _SWEEPS = 60
+_YOUNG = 8  # steps: a fit of fewer starts afresh, and its predictions are not judged
 
 
 def prefill_flops(config: ModelConfig, begin: int, end: int) -> float:
@@ -93,6 +102,7 @@ class CostModel:
         self._scale = [1.0] * n  # coefficients in units of the prior
         self._predicted = self._measured = 0.0  # fading sums: the machine's speed
         self.steps = 0  # measured
+        self._late: deque[float] = deque(maxlen=RECENT_STEPS)  # measured / predicted
 
     def seconds(self, work: Iterable[Work]) -> float:
         """Predicted time of a step."""
@@ -114,12 +124,29 @@ class CostModel:
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
+    @property
+    def lateness(self) -> float:
+        """Factor on a prediction that all but one in twenty of the recent prefill steps kept to.
+
+        At least 1. Steps scatter around what is predicted, long prompts come a few percent late
+        while the fit follows, and another process may take a core away: a cap on time is divided by
+        this. Windows of sparse prefill do not count, as no cap cuts them.
+        """
+        late = sorted(self._late)
+        which = min(len(late) - 1, int(WITHIN_CAP * (len(late) + 1)))
+        return max(1.0, late[which]) if late else 1.0
+
     def observe(self, work: Iterable[Work], seconds: float) -> None:
         """Learn from a measured step."""
-        features = [f * p for f, p in zip(_features(work), self._prior, strict=True)]
+        raw = _features(work)
+        features = [f * p for f, p in zip(raw, self._prior, strict=True)]
         prior = sum(features)
         if not (seconds > 0 and prior > 0):
             return
+        if self.steps >= _YOUNG and features[1] and not features[3]:
+            expected = sum(c * f for c, f in zip(self._coefficients(), raw, strict=True))
+            if expected > 0:
+                self._late.append(seconds / expected)
         self._predicted = FADING * self._predicted + 1
         self._measured = FADING * self._measured + math.log(seconds / prior)
         row = [f / seconds for f in features]
@@ -140,7 +167,7 @@ class CostModel:
         """Coordinate descent of |row . scale - 1|^2 + prior (scale / speed - 1)^2, scale >= 0."""
         speed = math.exp(self._measured / self._predicted)
         pull = PRIOR_WEIGHT / (speed * speed)
-        young = self.steps < 8
+        young = self.steps < _YOUNG
         scale = [speed] * len(self._scale) if young else list(self._scale)
         for _ in range(_SWEEPS):
             for i, row in enumerate(self._normal):

@@ -128,11 +128,12 @@ class Scheduler:
         self._fill([s for s in others if s not in planned], rows, seconds, pieces)
 
     def _cap(self, pieces: list[Piece]) -> float:
-        """Seconds that prefill may add to a step with these decodes."""
+        """Predicted seconds that prefill may add to a step with these decodes."""
         limit = self.limits.max_itl_ms if pieces else self.limits.max_chunk_ms
         if limit is None:
             return math.inf
-        return limit / 1e3 - self.cost.seconds(piece.work for piece in pieces)
+        decodes = self.cost.seconds(piece.work for piece in pieces)
+        return limit / 1e3 / self.cost.lateness - decodes
 
     def _fill(
         self,
