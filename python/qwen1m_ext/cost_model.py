@@ -3,10 +3,11 @@
     t(step) = c + sum over prefill pieces (b x + a pairs) + sum over decodes (d + g keys)
 
 with x the tokens of a piece and pairs its (query, key) pairs, (end^2 - begin^2) / 2. Dense and
-sparse pieces have coefficients of their own; a sparse piece pays for tokens and for the keys that
-its estimate reads. The coefficients start from counted operations and are refined from every
-measured step: least squares of the relative errors, none negative, old steps fading. Where the
-steps say nothing (no long prompt yet) the counted proportions stay, scaled to the measured speed.
+sparse pieces have coefficients of their own; a sparse piece pays for its tokens with the keys near
+them, for the pairs with far keys that its budgets let expect, and for the keys that its selection
+reads. The coefficients start from counted operations and are refined from every measured step:
+least squares of the relative errors, none negative, old steps fading. Where the steps say nothing
+(no long prompt yet) the counted proportions stay, scaled to the measured speed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .config import ModelConfig
-from .sparse_config import WINDOW_TOKENS
+from .sparse_config import WINDOW_TOKENS, ExpectedKeys
 
 ASSUMED_FLOPS = 50e9
 """Operations per second before anything has been measured, on a CPU."""
 
 GPU_FLOPS = 300e12
 """The same on a GPU."""
+
+SELECTION_PAIRS = 72
+"""What a window's selection costs for each key before its end, in (query, key) pairs: 64 rows that
+select and 8 whose recall is measured."""
 
 FADING = 0.998
 """Weight of the past per step: about the last 500 count."""
@@ -38,6 +43,10 @@ after two of them."""
 
 WITHIN_CAP = 0.95
 """Share of steps that a latency cap holds for."""
+
+SPARSE_PRIOR_WEIGHT = 1e-2
+"""The same for sparse prefill, whose few windows, one after the other, hardly tell its three parts
+apart."""
 
 MAX_CHUNK_TOKENS = 1 << 21
 """More than any context."""
@@ -78,13 +87,16 @@ class CostModel:
     """Seconds of steps. One thread observes; any may ask."""
 
     def __init__(
-        self, config: ModelConfig, sparse_columns: float = 1024, flops: float = ASSUMED_FLOPS
+        self,
+        config: ModelConfig,
+        sparse: ExpectedKeys = ExpectedKeys(1024.0),  # noqa: B008 - frozen
+        flops: float = ASSUMED_FLOPS,
     ) -> None:
         """Start from the counted operations of a model.
 
         Args:
             config: the model.
-            sparse_columns: keys that a row of sparse attention meets.
+            sparse: keys that a row of sparse attention meets.
             flops: operations per second.
         """
         linear, pair = _linear_flops(config), _pair_flops(config)
@@ -92,9 +104,11 @@ class CostModel:
         counted = (
             linear,  # c: a step's fixed cost, about a token's
             linear, pair,  # dense: per token, per pair
-            linear + sparse_columns * pair, 64 * pair,  # sparse: per token, per key of the estimate
+            linear + sparse.near * pair, pair,  # sparse: per token, per far pair
+            SELECTION_PAIRS * pair,  # and per key of the selection
             linear + head, pair,  # decode: per sequence, per key
         )  # fmt: skip
+        self._sparse = sparse
         self._prior = [f / flops for f in counted]
         n = len(counted)
         self._normal = [[0.0] * n for _ in range(n)]  # of features in units of the prior
@@ -107,7 +121,7 @@ class CostModel:
     def seconds(self, work: Iterable[Work]) -> float:
         """Predicted time of a step."""
         coefficients = self._coefficients()
-        return sum(c * f for c, f in zip(coefficients, _features(work), strict=True))
+        return sum(c * f for c, f in zip(coefficients, self._features(work), strict=True))
 
     def prefill_seconds(self, begin: int, end: int, sparse: bool = False) -> float:
         """Predicted time of the tokens [begin, end) of a prompt, steps' fixed costs left out."""
@@ -138,7 +152,7 @@ class CostModel:
 
     def observe(self, work: Iterable[Work], seconds: float) -> None:
         """Learn from a measured step."""
-        raw = _features(work)
+        raw = self._features(work)
         features = [f * p for f, p in zip(raw, self._prior, strict=True)]
         prior = sum(features)
         if not (seconds > 0 and prior > 0):
@@ -160,35 +174,39 @@ class CostModel:
         if prefills or self.steps % 16 == 0:  # a fit costs some 0.3 ms: not after every token
             self._fit()
 
+    def _features(self, work: Iterable[Work]) -> tuple[float, ...]:
+        dense_tokens = dense_pairs = sparse_tokens = sparse_pairs = sparse_keys = 0.0
+        decodes = decode_keys = 0.0
+        for piece in work:
+            if piece.decode:
+                decodes += 1
+                decode_keys += piece.end
+            elif piece.sparse:
+                sparse_tokens += piece.end - piece.begin
+                sparse_pairs += self._sparse.far_pairs(piece.begin, piece.end)
+                sparse_keys += _estimated_keys(piece.begin, piece.end)
+            else:
+                dense_tokens += piece.end - piece.begin
+                dense_pairs += (piece.end**2 - piece.begin**2) / 2
+        dense, sparse = (dense_tokens, dense_pairs), (sparse_tokens, sparse_pairs, sparse_keys)
+        return 1.0, *dense, *sparse, decodes, decode_keys
+
     def _coefficients(self) -> list[float]:
         return [s * p for s, p in zip(self._scale, self._prior, strict=True)]
 
     def _fit(self) -> None:
         """Coordinate descent of |row . scale - 1|^2 + prior (scale / speed - 1)^2, scale >= 0."""
         speed = math.exp(self._measured / self._predicted)
-        pull = PRIOR_WEIGHT / (speed * speed)
+        weights = (*[PRIOR_WEIGHT] * 3, *[SPARSE_PRIOR_WEIGHT] * 3, *[PRIOR_WEIGHT] * 2)
+        pulls = [weight / (speed * speed) for weight in weights]
         young = self.steps < _YOUNG
         scale = [speed] * len(self._scale) if young else list(self._scale)
         for _ in range(_SWEEPS):
             for i, row in enumerate(self._normal):
-                rest = sum(r * s for r, s in zip(row, scale, strict=True)) - row[i] * scale[i]
+                rest, pull = -row[i] * scale[i], pulls[i]
+                rest += sum(r * s for r, s in zip(row, scale, strict=True))
                 scale[i] = max(0.0, (self._right[i] - rest + pull * speed) / (row[i] + pull))
         self._scale = scale
-
-
-def _features(work: Iterable[Work]) -> tuple[float, ...]:
-    dense_tokens = dense_pairs = sparse_tokens = sparse_keys = decodes = decode_keys = 0.0
-    for piece in work:
-        if piece.decode:
-            decodes += 1
-            decode_keys += piece.end
-        elif piece.sparse:
-            sparse_tokens += piece.end - piece.begin
-            sparse_keys += _estimated_keys(piece.begin, piece.end)
-        else:
-            dense_tokens += piece.end - piece.begin
-            dense_pairs += (piece.end**2 - piece.begin**2) / 2
-    return 1.0, dense_tokens, dense_pairs, sparse_tokens, sparse_keys, decodes, decode_keys
 
 
 def _estimated_keys(begin: int, end: int) -> float:

@@ -270,8 +270,8 @@ class Engine:
         decodes: DecodeStep | None,
     ) -> Core:
         """The threads' world. It must not know this object, whose end is to end it."""
-        columns = self.sparse.mean_columns if self.sparse else 0.0
-        cost = CostModel(self.config, columns, GPU_FLOPS if decodes else ASSUMED_FLOPS)
+        keys = self.policy.expected_keys()
+        cost = CostModel(self.config, keys, GPU_FLOPS if decodes else ASSUMED_FLOPS)
         prefixes = PrefixCache(self.cache.allocator, self.model_key, prefix_caching)
         residency = Residency(
             self.cache, prefixes, self.dual_chunk.temperature, limits.max_num_seqs

@@ -17,6 +17,7 @@ from .machine import cpu_name
 from .request import ATTENTION_NAMES, AttentionName
 from .sparse_config import (
     WINDOW_TOKENS,
+    ExpectedKeys,
     SparseConfig,
     SparseSettings,
     load_settings,
@@ -131,6 +132,10 @@ class PrefillPolicy:
             reason = "config.json says sparse_attention_enabled: false"
         budgets = found or SparseConfig.default(config)
         return PrefillPolicy(attention, budgets, None, settings, reason)
+
+    def expected_keys(self) -> ExpectedKeys:
+        """What a row of sparse prefill is expected to meet."""
+        return ExpectedKeys.of(self.budgets, self.settings, Path(self.budgets.source).parent)
 
     def describe(self) -> str:
         """The rule in a few words: dense, sparse, or the length beyond which it is sparse."""

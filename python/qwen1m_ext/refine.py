@@ -28,7 +28,7 @@ from .errors import ConfigError, RequestError
 from .events import Progress
 from .sequence import AttentionPolicy
 from .sparse_config import REPORT_FILE as REPORT_FILE
-from .sparse_config import HeadBudget, SparseConfig, SparseSettings
+from .sparse_config import ExpectedKeys, HeadBudget, SparseConfig, SparseSettings
 from .sparsity import (
     SELECTING_ROWS,
     RecallMeter,
@@ -334,7 +334,7 @@ def _run_text(
     def report(begin: int, end: int, share: float) -> None:
         if on_progress is None:
             return
-        cost = CostModel(engine.config, attention.mean_columns)  # grows with the budgets
+        cost = CostModel(engine.config, ExpectedKeys(attention.mean_columns))  # budgets grow
         done = cost.prefill_seconds(0, begin, True) + share * cost.prefill_seconds(begin, end, True)
         elapsed = time.perf_counter() - start
         eta = elapsed * (cost.prefill_seconds(0, total, True) - done) / done

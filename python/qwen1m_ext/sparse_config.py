@@ -8,6 +8,7 @@ that the published Qwen2.5-1M configurations and vLLM use; `qwen1m sparsity refi
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -130,6 +131,71 @@ def load_settings(folder: Path) -> SparseSettings | None:
         return SparseSettings(**values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+FORCED_DIAGONALS = 100
+"""Distances 0 to 99, which every row attends at: one run."""
+
+DILATION = 3.0
+"""Keys loaded per selected diagonal if no refinement has measured them: neighbours share theirs."""
+
+
+@dataclass(frozen=True)
+class ExpectedKeys:
+    """How many keys a row of sparse attention is expected to meet, mean over layers and heads.
+
+    For predictions only. Far diagonals lie anywhere before the row and load a tile's worth of keys
+    each; where they overlap, fewer: of e keys, those that would span y without overlap meet
+    e (1 - exp(-y / e)). So a row far behind the beginning meets more keys than one near it.
+    """
+
+    near: float  # keys that every row meets
+    far: tuple[tuple[float, float], ...] = ()  # (y, share of the heads)
+    window_tokens: int = WINDOW_TOKENS
+
+    def far_pairs(self, begin: int, end: int) -> float:
+        """(query, key) pairs of the tokens [begin, end) beside the near ones, per head."""
+        pairs = 0.0
+        while begin < end:
+            stop = min(end, (begin // self.window_tokens + 1) * self.window_tokens)
+            met = sum(share * -math.expm1(-y / stop) for y, share in self.far)
+            pairs += met * (stop * stop - begin * begin) / 2
+            begin = stop
+        return pairs
+
+    @staticmethod
+    def of(budgets: SparseConfig, settings: SparseSettings, folder: Path) -> ExpectedKeys:
+        """From budgets, and from the keys that their refinement measured if it is in `folder`."""
+        heads = [b for layer in budgets.layers for b in layer]
+        window = settings.window_tokens
+        path = folder / REPORT_FILE
+        report = read_json(path) if path.exists() else {}
+        try:
+            measured = [float(c) for layer in report["columns"] for c in layer]
+            tokens = max(int(text["tokens"]) for text in report["texts"])
+        except (KeyError, TypeError, ValueError):
+            measured, tokens = [], 0
+        if len(measured) != len(heads) or tokens < 1:
+            near = sum(b.columns + DILATION * b.slash_size for b in heads) / len(heads)
+            return ExpectedKeys(near, (), window)
+        ends = [*range(window, tokens, window), tokens]
+        near, far = 0.0, []
+        for budget, columns in zip(heads, measured, strict=True):
+            own = budget.columns + min(budget.slash_size, FORCED_DIAGONALS) + settings.tile_tokens
+            near += own / len(heads)
+            if columns > own:
+                far.append((_span(columns - own, ends), 1 / len(heads)))
+        return ExpectedKeys(near, tuple(far), window)
+
+
+def _span(columns: float, ends: list[int]) -> float:
+    """The y of `ExpectedKeys` that gives so many keys, mean over windows with these ends."""
+    low, high = 0.0, 64.0 * max(ends)
+    for _ in range(50):
+        y = (low + high) / 2
+        mean = sum(-e * math.expm1(-y / e) for e in ends) / len(ends)
+        low, high = (y, high) if mean < columns else (low, y)
+    return low
 
 
 def load_sparse_config(model_dir: str | Path, config: ModelConfig) -> SparseConfig | None:

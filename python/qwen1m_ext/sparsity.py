@@ -18,7 +18,7 @@ from torch import Tensor
 from . import ops
 from .config import DualChunkConfig, ModelConfig
 from .device import CPU, Device, StreamDevice
-from .sparse_config import WINDOW_TOKENS, SparseConfig, SparseSettings
+from .sparse_config import DILATION, WINDOW_TOKENS, SparseConfig, SparseSettings
 from .sparse_tiles import GPU_TILES, choose_tile, tile_cost
 
 SELECTING_ROWS = 64
@@ -27,9 +27,6 @@ SELECTING_ROWS = 64
 RECALL_ROWS = 8
 """Rows per window and layer whose recall is measured at run time: an eighth of the selection's
 own work."""
-
-_DILATION = 3.0
-"""Keys loaded per selected diagonal, for estimates of work only: neighbours share theirs."""
 
 
 @dataclass(frozen=True)
@@ -360,8 +357,8 @@ class SparseAttention:
 
     @property
     def mean_columns(self) -> float:
-        """Keys per row and head, roughly: `_DILATION` stands for runs that are not known yet."""
-        return float((self.v_size + _DILATION * self.s_size).double().mean())
+        """Keys per row and head, roughly: `DILATION` stands for runs that are not known yet."""
+        return float((self.v_size + DILATION * self.s_size).double().mean())
 
     @property
     def key(self) -> str:

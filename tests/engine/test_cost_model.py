@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -10,8 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen1m_ext import demo_model_path
 from qwen1m_ext.config import load_config
 from qwen1m_ext.cost_model import ASSUMED_FLOPS, MAX_CHUNK_TOKENS, CostModel, Work, prefill_flops
+from qwen1m_ext.prefill_policy import PrefillPolicy
+from qwen1m_ext.sparse_config import (
+    REPORT_FILE,
+    WINDOW_TOKENS,
+    ExpectedKeys,
+    SparseConfig,
+    SparseSettings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +103,46 @@ def test_a_few_short_steps_scale_the_counted_proportions(config) -> None:
     assert model.seconds([Work(0, 100_000)]) == pytest.approx(
         0.5 * prefill_flops(config, 0, 100_000) / ASSUMED_FLOPS, rel=0.5
     )
+
+
+# Seconds of the demo model's sparse windows of 32,768 tokens, one thread, AMD Zen 5, 2026-11-30.
+WINDOWS = [1.28, 1.53, 2.19, 2.47, 3.16, 3.05, 3.22, 3.66, 3.59, 3.73, 3.80, 3.49]
+
+
+def test_the_first_sparse_windows_tell_what_the_rest_takes() -> None:
+    """Later ones meet more keys, as budgets and their refinement let expect: no ETA is far off."""
+    config = load_config(demo_model_path())
+    policy = PrefillPolicy.load("sparse", Path(demo_model_path()), config, "bfloat16")
+    model, total = CostModel(config, policy.expected_keys()), len(WINDOWS) * WINDOW_TOKENS
+    told = []
+    for i, seconds in enumerate(WINDOWS[:-1]):
+        begin, end = i * WINDOW_TOKENS, (i + 1) * WINDOW_TOKENS
+        model.observe([Work(begin, end, sparse=True)], seconds)
+        done, left = (model.prefill_seconds(*part, True) for part in ((0, end), (end, total)))
+        told.append(left * sum(WINDOWS[: i + 1]) / done / sum(WINDOWS[i + 1 :]))
+    assert told[0] == pytest.approx(1, abs=0.15)
+    assert min(told) > 0.6 and max(told) < 1.3, told
+
+
+def test_expected_keys_are_those_that_the_refinement_measured() -> None:
+    """Mean over the windows of its texts, within the local runs that every head has."""
+    config = load_config(demo_model_path())
+    policy = PrefillPolicy.load("sparse", Path(demo_model_path()), config, "bfloat16")
+    keys = policy.expected_keys()
+    report = json.loads((Path(demo_model_path()) / REPORT_FILE).read_text())
+    measured = [c for layer in report["columns"] for c in layer]
+    ends = [WINDOW_TOKENS * i for i in range(1, 5)]
+    far = sum(s * -e * math.expm1(-y / e) for y, s in keys.far for e in ends) / len(ends)
+    assert keys.near + far == pytest.approx(sum(measured) / len(measured), rel=0.01)
+    parts = keys.far_pairs(0, 40_000), keys.far_pairs(40_000, 100_000)
+    assert sum(parts) == pytest.approx(keys.far_pairs(0, 100_000), rel=0.05)
+
+
+def test_without_a_refinement_budgets_alone_are_counted(config, tmp_path: Path) -> None:
+    keys = ExpectedKeys.of(SparseConfig.default(config), SparseSettings(), tmp_path)
+    assert keys.near == 1000 + 3 * 6096 and keys.far == () and keys.far_pairs(0, 10**6) == 0
+    (tmp_path / REPORT_FILE).write_text('{"columns": [[1.0]], "texts": []}')
+    assert ExpectedKeys.of(SparseConfig.default(config), SparseSettings(), tmp_path) == keys
 
 
 @settings(max_examples=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -298,6 +299,41 @@ def test_a_cancelled_prefill_leaves_no_copy_behind(tight: LLM, plain: LLM) -> No
     with pytest.raises(KeyboardInterrupt):
         tight.generate({"prompt_token_ids": prompt_ids(600, 8)}, GREEDY, on_progress=stop)
     assert answer(tight, prompt_ids(600, 8))[0][0] == answer(plain, prompt_ids(600, 8))[0][0]
+
+
+def test_a_step_that_is_given_up_waits_for_its_copies(
+    tight: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None goes on behind it: the next step would compute in a slot that is being written."""
+    cache = cache_of(tight)
+    begun, ended = threading.Event(), []
+    np_copyto = np.copyto
+
+    def slow_copyto(target: Any, source: Any) -> None:
+        begun.set()
+        time.sleep(0.2)
+        np_copyto(target, source)
+        ended.append(target)
+
+    monkeypatch.setattr(offload.np, "copyto", slow_copyto)
+    with closing_sequence(cache) as sequence:
+        sequence.append(300)
+        with pytest.raises(KeyboardInterrupt), cache.step([(sequence, 200, 300)]):
+            assert begun.wait(10)
+            raise KeyboardInterrupt
+        count = len(ended)
+        assert count in (2, 4), "keys and values of one layer, or of both that were coming"
+        time.sleep(0.5)
+        assert len(ended) == count
+
+
+@contextmanager
+def closing_sequence(cache: OffloadedCache) -> Iterator[Any]:
+    sequence = cache.open()
+    try:
+        yield sequence
+    finally:
+        cache.close(sequence)
 
 
 @pytest.mark.parametrize(

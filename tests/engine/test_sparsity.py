@@ -20,7 +20,13 @@ from qwen1m_ext.errors import ConfigError, RequestError
 from qwen1m_ext.events import Progress
 from qwen1m_ext.request import RequestOutput
 from qwen1m_ext.sequence import AttentionPolicy
-from qwen1m_ext.sparse_config import FILE_NAME, HeadBudget, SparseConfig, SparseSettings
+from qwen1m_ext.sparse_config import (
+    FILE_NAME,
+    ExpectedKeys,
+    HeadBudget,
+    SparseConfig,
+    SparseSettings,
+)
 from qwen1m_ext.sparsity import SELECTING_ROWS, WindowGrid, score_bytes
 
 WINDOW = 192  # four chunks of 48 tokens
@@ -278,7 +284,7 @@ def test_sparse_work_is_counted(sparse: LLM) -> None:
     """A million tokens: less than dense; halves add up; the selection grows with the length."""
     engine = sparse.engine
     assert engine.sparse is not None
-    cost = CostModel(engine.config, engine.sparse.mean_columns)
+    cost = CostModel(engine.config, ExpectedKeys(engine.sparse.mean_columns))
     half, whole = 524_288, 1_048_576
     seconds = cost.prefill_seconds(0, whole, True)
     parts = cost.prefill_seconds(0, half, True), cost.prefill_seconds(half, whole, True)
