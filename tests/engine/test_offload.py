@@ -241,7 +241,7 @@ def test_pages_in_use_are_copied_and_no_others(tight: LLM) -> None:
 
 
 def test_the_next_layer_comes_while_this_one_computes(tight: LLM) -> None:
-    """Attention of a layer waits for every copy that was asked for: the next layer is among them."""
+    """Attention of a layer waits for the copies asked for so far: the next layer is among them."""
     cache = cache_of(tight)
     trace: list[Transfer] = []
     cache.trace = trace
