@@ -15,6 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # lib and reference, from any wo
 # start: on cores that others use too, the suite takes half the time (and no test is about time).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# The servers of the tests are on this machine, whatever proxy it has.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(
+    filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1"))
+)
+
 DEVICES = ("cpu", "emu", "cuda")
 
 if find_spec("hypothesis") is not None:
