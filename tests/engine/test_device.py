@@ -18,7 +18,7 @@ from torch import Tensor
 from lib.capture import mapped
 from lib.checkpoints import model_config, write_checkpoint
 from lib.emulator import emulated_ops, library_path
-from lib.hold import together
+from lib.hold import PATIENCE, together
 from lib.recording_device import GARBAGE, RecordingDevice
 from lib.same_output import Answer, compare
 from qwen1m_ext import LLM, SamplingParams, choices, engine, ops
@@ -361,7 +361,7 @@ def test_a_failed_kernel_ends_the_engine(
     with pytest.raises((BackendError, RuntimeError)):
         llm.generate(PROMPTS[0], GREEDY)
     for thread in llm.engine._core._threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert isinstance(llm.engine.failure, BackendError)
     with pytest.raises(BackendError, match="illegal memory access"):
         llm.generate(PROMPTS[0], GREEDY)

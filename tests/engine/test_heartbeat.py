@@ -96,8 +96,9 @@ def test_every_layer_of_a_real_step_is_progress():
 
 def test_who_waits_for_a_device_has_the_time_of_its_step(checkpoint, monkeypatch):
     engine = Engine(checkpoint, device=RecordingDevice(), max_model_len=512)
-    observer = engine.observer(1000.0)
     core, seen = engine._core, []
+    pulses = {name: core._pulses[name] for name in ("model runner", "output processor")}
+    observer = Observer(pulses, lambda: True, 1000.0)
     monkeypatch.setattr(core.scheduler.cost, "seconds", lambda work: 500.0 * len(list(work)))
     run = core.runner.run
 

@@ -316,7 +316,7 @@ def test_a_step_that_is_given_up_waits_for_its_copies(
     with closing_sequence(cache) as sequence:
         sequence.append(300)
         with pytest.raises(KeyboardInterrupt), cache.step([(sequence, 200, 300)]):
-            assert begun.wait(10)
+            assert begun.wait(PATIENCE)
             raise KeyboardInterrupt
         count = len(ended)
         assert count in (2, 4), "keys and values of one layer, or of both that were coming"
