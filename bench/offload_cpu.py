@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import timeline
 import torch
 from paired import RESULTS, environment, summary, write
 
@@ -23,7 +24,7 @@ from qwen1m_ext.core import Span
 from qwen1m_ext.engine import Engine
 from qwen1m_ext.offload import OffloadedCache, Transfer
 
-LANES = {"compute": "#1b6ca8", "wait": "#c0392b", "load": "#6aa84f", "store": "#e0a030"}
+COLOURS = {"step": "#1b6ca8", "wait": "#c0392b", "load": "#6aa84f", "store": "#e0a030"}
 
 
 def answer(engine: Engine, prompt: list[int], output: int) -> tuple[Any, float, float]:
@@ -40,7 +41,7 @@ def answer(engine: Engine, prompt: list[int], output: int) -> tuple[Any, float, 
 def share(copies: list[Transfer], phase: list[Span]) -> dict[str, Any]:
     """What was copied in some steps, and how much of that the computation did not wait for."""
     inside = [t for t in copies if phase[0].begin <= t.begin <= phase[-1].end]
-    spent = {k: sum(t.end - t.begin for t in inside if t.kind == k) for k in LANES}
+    spent = {k: sum(t.end - t.begin for t in inside if t.kind == k) for k in COLOURS}
     copying = spent["load"] + spent["store"]
     return {
         "steps": len(phase),
@@ -54,28 +55,12 @@ def share(copies: list[Transfer], phase: list[Span]) -> dict[str, Any]:
 
 def draw(steps: list[Span], copies: list[Transfer], path: Path) -> None:
     """Some steps, one lane each for computing, waiting and the two directions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    begin, end = steps[0].begin, steps[-1].end
-    bars = {"compute": [(s.begin, s.end) for s in steps]}
+    bars = {"step": [(s.begin, s.end) for s in steps]}
     for kind in ("wait", "load", "store"):
         bars[kind] = [(t.begin, t.end) for t in copies if t.kind == kind]
-    figure, axes = plt.subplots(figsize=(10, 2.6), layout="constrained")
-    for lane, (name, colour) in enumerate(LANES.items()):
-        inside = [(1e3 * (a - begin), 1e3 * (b - a)) for a, b in bars[name] if begin <= a <= end]
-        axes.broken_barh(inside, (lane - 0.35, 0.7), facecolors=colour, edgecolor="white", lw=0.4)
-    axes.set_yticks(range(len(LANES)), ["step", *list(LANES)[1:]])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1e3 * (end - begin))
-    axes.set_xlabel("milliseconds")
-    axes.set_title(f"{len(steps)} decode steps with two layer slots", loc="left", fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    lanes = {name: (COLOURS[name], spans) for name, spans in bars.items()}
+    title = f"{len(steps)} decode steps with two layer slots"
+    timeline.draw(path, title, lanes, steps[0].begin, steps[-1].end)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import timeline
 import torch
 from paired import RESULTS, environment, write
 
@@ -20,7 +21,7 @@ from qwen1m_ext import SamplingParams, demo_model_path
 from qwen1m_ext.core import Span
 from qwen1m_ext.engine import Engine
 
-THREADS = ("runner", "scheduler", "outputs")
+THREADS = {"runner": "#1b6ca8", "scheduler": "#6aa84f", "outputs": "#e0a030"}
 
 
 def hidden(spans: list[Span], behind: list[Span]) -> float:
@@ -60,33 +61,14 @@ def summarise(trace: list[Span]) -> dict[str, Any]:
 
 def draw(trace: list[Span], path: Path, steps: int = 12) -> None:
     """A window from the middle of the run, one lane per thread."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     runner = sorted((s for s in trace if s.thread == "runner"), key=lambda s: s.begin)
     middle = runner[len(runner) // 2 :][:steps]
-    begin, end = middle[0].begin, middle[-1].end
-    figure, axes = plt.subplots(figsize=(10, 2.4), layout="constrained")
-    for lane, (name, colour) in enumerate(
-        zip(THREADS, ("#1b6ca8", "#6aa84f", "#e0a030"), strict=True)
-    ):
-        bars = [
-            (1e3 * (s.begin - begin), max(1e3 * (s.end - s.begin), 1e-3))
-            for s in trace
-            if s.thread == name and s.end > begin and s.begin < end
-        ]
-        axes.broken_barh(bars, (lane - 0.35, 0.7), facecolors=colour, edgecolor="white", lw=0.4)
-    axes.set_yticks(range(len(THREADS)), THREADS)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1e3 * (end - begin))
-    axes.set_xlabel("milliseconds")
-    axes.set_title(f"{len(middle)} steps from the middle of the run", loc="left", fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    lanes = {
+        name: (colour, [(s.begin, s.end) for s in trace if s.thread == name])
+        for name, colour in THREADS.items()
+    }
+    title = f"{len(middle)} steps from the middle of the run"
+    timeline.draw(path, title, lanes, middle[0].begin, middle[-1].end)
 
 
 def main() -> None:
