@@ -53,7 +53,13 @@ class Ours:
     """This engine: a session keeps the cache from one call to the next."""
 
     def __init__(self, directory: Path, max_tokens: int) -> None:
-        self.llm = LLM(directory, max_model_len=max_tokens, skip_tokenizer_init=True)
+        # Nothing of one prefill may serve the next.
+        self.llm = LLM(
+            directory,
+            max_model_len=max_tokens,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+        )
         self.session = self.llm.open_session()
 
     def run(self, ids: list[int], new_tokens: int) -> None:
