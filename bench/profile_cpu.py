@@ -87,13 +87,17 @@ def main() -> None:
     watch = Stopwatch()
     for name in ("prefill_attention", "decode_attention"):
         watch.wrap(ops, name, "attention")
-    for name in ("rms_norm", "swiglu", "qkv_rope_append"):
+    for name in ("embedding", "rms_norm", "swiglu", "qkv_rope_append"):
         watch.wrap(ops, name, "other ops")
-    watch.wrap(model, "_project", "linear layers")
-    watch.wrap(model.F, "linear", "linear layers")
-    watch.wrap(torch, "index_select", "other ops")
+    for name in ("project", "linear"):
+        watch.wrap(model, name, "linear layers")
 
-    llm = LLM(args.model, max_model_len=args.tokens + args.decode, attention="dense")
+    llm = LLM(
+        args.model,
+        max_model_len=args.tokens + args.decode,
+        attention="dense",
+        enable_prefix_caching=False,  # the warm-up begins as the prompt does
+    )
     ids = torch.randint(32, 127, (args.tokens,), generator=torch.Generator().manual_seed(0))
     params = SamplingParams(temperature=0, max_tokens=args.decode, ignore_eos=True)
     llm.generate({"prompt_token_ids": ids[:4096].tolist()}, params)  # warm-up
