@@ -130,22 +130,15 @@ struct MultiplyFloats {
   static Q1M_SIMD F mac(F acc, F a, F b) { return Simd<N>::fma(a, b, acc); }
 };
 
-/// Fetches memory towards the L2 cache, from front to back, a little at each call; `then` is a
-/// second range of as many bytes that follows. Hardware prefetchers stop at 4 KB borders and do not
-/// follow many rows at once (decode without this class: half the speed), and a core drops software
-/// prefetches beyond the few it can have in flight (Zen 4: a burst of them "runs" at 180 GB/s), so
-/// decode strews them evenly over its arithmetic.
+/// Fetches memory towards the L2 cache, from front to back, a little at each call. Hardware
+/// prefetchers stop at 4 KB borders and do not follow many rows at once (decode without this class:
+/// half the speed), and a core drops software prefetches beyond the few it can have in flight (Zen
+/// 4: a burst of them "runs" at 180 GB/s), so decode strews them evenly over its arithmetic.
 class Prefetch {
  public:
-  Prefetch(const char* p, int64_t bytes, const char* then = nullptr)
-      : p_(p), end_(p == nullptr ? p : p + bytes), then_(then), bytes_(bytes) {}
+  Prefetch(const char* p, int64_t bytes) : p_(p), end_(p == nullptr ? p : p + bytes) {}
   Q1M_SIMD void next_line() {
-    if (p_ == end_) {
-      if (then_ == nullptr) return;
-      p_ = then_;
-      end_ = p_ + bytes_;
-      then_ = nullptr;
-    }
+    if (p_ == end_) return;
     __builtin_prefetch(p_, /*rw=*/0, /*locality: L2*/ 2);
     p_ += 64;
   }
@@ -155,8 +148,7 @@ class Prefetch {
   }
 
  private:
-  const char *p_, *end_, *then_;
-  int64_t bytes_;
+  const char *p_, *end_;
 };
 
 }  // namespace
