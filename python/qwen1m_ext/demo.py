@@ -70,8 +70,11 @@ def run_demo(
         f"peak memory {format_bytes(peak_bytes())}"
     )
     correct = all(is_correct(output.outputs[0].text, sample) for output in outputs)
-    if not correct and rope == "plain":
-        print("          (plain RoPE is expected to fail beyond the trained length)")
+    if dca.is_plain and trained:
+        print(
+            f"          (plain RoPE is expected to lose what lies farther back than the "
+            f"{trained:,} tokens of training; this fact lies {sample.distance:,} back)"
+        )
     sys.stdout.flush()
     return correct
 
@@ -80,7 +83,10 @@ def _introduce(sample: Sample, tokens: int, seed: int) -> None:
     print(f"text      {tokens:,} tokens of English prose with {sample.num_keys} hidden facts")
     print(f"seed      {seed}")
     print(f"question  {sample.question}")
-    print(f"hidden    at {sample.depth:.0%} of the text", flush=True)
+    print(
+        f"hidden    at {sample.depth:.0%} of the text, {sample.distance:,} tokens before its end",
+        flush=True,
+    )
 
 
 def _report(output: RequestOutput, sample: Sample) -> None:

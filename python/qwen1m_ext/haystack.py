@@ -56,6 +56,7 @@ class Sample:
         answer: The digits that must be generated.
         depth: Where the needle lies, from 0 (start of the haystack) to 1 (its end).
         num_keys: Number of needles in the haystack, of which one is asked.
+        distance: Tokens of the demo checkpoint from the needle's digits to the end of the prompt.
     """
 
     prompt: str
@@ -63,6 +64,7 @@ class Sample:
     answer: str
     depth: float
     num_keys: int
+    distance: int
 
 
 def needle(key: str, value: str) -> str:
@@ -215,4 +217,8 @@ def make_sample(
         begin = at
     pieces += [text[begin:], ends[asked]]
     prompt = "".join(pieces)
-    return Sample(prompt, question(keys[asked]), values[asked], depths[asked], competing_keys)
+    sentence = needles[asked]
+    distance = len(prompt) - prompt.index(sentence) - sentence.index(values[asked])
+    return Sample(
+        prompt, question(keys[asked]), values[asked], depths[asked], competing_keys, distance
+    )

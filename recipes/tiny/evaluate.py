@@ -10,12 +10,15 @@ temperature: the shared cache changes nothing but the rounding.)
 
 `--attention sparse` reads the same samples sparsely; samples of both kinds in one result file are
 compared, and those whose answers differ are listed.
+
+Samples read with plain RoPE are also counted by how far back the needle lies, in trained lengths.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 
 import qwen1m_ext
 from qwen1m_ext import LLM, SamplingParams
+from qwen1m_ext.config import load_config
 from qwen1m_ext.haystack import is_correct, make_sample
 
 MAX_TOKENS = 12  # a space, five digits, a full stop, <|im_end|>, and room for an error
@@ -59,6 +63,29 @@ def discordant(records: Iterable[dict[str, Any]]) -> str:
                 f"  seed {one['seed']}/{one['asked']} depth {one['depth']:.2f}: expected "
                 f"{one['answer']}, dense {one['generated']!r}, sparse {p['sparse']['generated']!r}"
             )
+    return "\n".join(lines)
+
+
+def by_distance(records: Iterable[dict[str, Any]], trained: int) -> str:
+    """Returns a table of the samples with plain RoPE by the distance of the needle."""
+    limits = (1, 2, 4, math.inf)  # in trained lengths
+    cells: dict[int, list[list[bool]]] = {}
+    for record in records:
+        if record["rope"] == "plain":
+            distance = (1 - record["depth"]) * record["length"] / trained
+            row = cells.setdefault(record["length"], [[] for _ in limits])
+            row[next(i for i, limit in enumerate(limits) if distance <= limit)].append(
+                record["correct"]
+            )
+    if not cells:
+        return ""
+    lines = [
+        f"| plain RoPE, length | needle within {trained} tokens | to 2x that | to 4x | beyond |",
+        "|---|---|---|---|---|",
+    ]
+    for length, row in sorted(cells.items()):
+        counts = [f"{sum(cell)}/{len(cell)}" if cell else "" for cell in row]
+        lines.append(f"| {length} | {' | '.join(counts)} |")
     return "\n".join(lines)
 
 
@@ -151,6 +178,8 @@ def main() -> None:
         )
     print(summarise(read(args.out)))
     print(discordant(read(args.out)))
+    trained = load_config(args.model).dual_chunk.original_max_position_embeddings
+    print(by_distance(read(args.out), trained))
 
 
 if __name__ == "__main__":

@@ -63,8 +63,11 @@ def test_the_command_reports(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_runs_plain_rope(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--tokens", "4k", "--seed", "1", "--rope", "plain"]) == 0
-    assert "plain RoPE" in capsys.readouterr().out
+    main(["demo", "--tokens", "8k", "--seed", "1", "--rope", "plain"])
+    distance = make_sample(8192, seed=1).distance
+    out = capsys.readouterr().out
+    assert f"{distance:,} tokens before its end" in out
+    assert f"2,048 tokens of training; this fact lies {distance:,} back" in out
 
 
 def test_the_budgets_are_those_of_a_finished_refinement() -> None:
