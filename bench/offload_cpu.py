@@ -22,7 +22,8 @@ from paired import RESULTS, environment, summary, write
 from qwen1m_ext import SamplingParams, demo_model_path
 from qwen1m_ext.core import Span
 from qwen1m_ext.engine import Engine
-from qwen1m_ext.offload import OffloadedCache, Transfer
+from qwen1m_ext.offload import OffloadedCache
+from qwen1m_ext.offload_copies import Transfer
 
 COLOURS = {"step": "#1b6ca8", "wait": "#c0392b", "load": "#6aa84f", "store": "#e0a030"}
 

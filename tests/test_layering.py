@@ -130,7 +130,16 @@ RANKS = [
     {"linear", "ops", "device", "heartbeat"},
     {"config"},
     {"weights", "choices", "tokenizer", "request", "sparse_config", "sparse_tiles"},
-    {"kv_cache", "output", "sampler", "events", "cost_model", "prefill_policy", "sparsity"},
+    {
+        "kv_cache",
+        "output",
+        "sampler",
+        "events",
+        "cost_model",
+        "prefill_policy",
+        "sparsity",
+        "offload_copies",
+    },
     {
         "attention",
         "sessions",
@@ -167,6 +176,7 @@ RANKS = [
 # Modules that launch no kernel: of ops they may have constants (PAGE_SIZE) only.
 WITHOUT_KERNELS = {
     "offload",
+    "offload_copies",
     "prefix_cache",
     "sequence",
     "residency",

@@ -78,16 +78,17 @@ def random_weights(
     return ModelWeights(embed, layers, ones(), head)
 
 
-def build(model: str, tokens: int, cache: Any, graphs: bool) -> Engine:
-    """An engine of that shape for one sequence of `tokens` tokens."""
+def build(model: str, tokens: int, cache: Any, graphs: bool, **options: Any) -> Engine:
+    """An engine of that shape for one sequence of `tokens` tokens; `options` of `Engine`."""
+    options = {"attention": "sparse", **options}
     with tempfile.TemporaryDirectory() as folder:
         config = CONFIGS / f"qwen2.5-{model}-instruct-1m.json"
         (Path(folder) / "config.json").write_text(config.read_text())
         with patch("qwen1m_ext.engine.load_weights", random_weights):
             return Engine(
-                folder, device="cuda", kv_cache_dtype=cache, attention="sparse",
-                max_model_len=tokens, max_num_seqs=1, load_tokenizer=False,
-                enable_prefix_caching=False, cuda_graphs=graphs,
+                folder, device="cuda", kv_cache_dtype=cache, max_model_len=tokens,
+                max_num_seqs=1, load_tokenizer=False, enable_prefix_caching=False,
+                cuda_graphs=graphs, **options,
             )  # fmt: skip
 
 
@@ -156,6 +157,23 @@ def measure(model: str, arguments: argparse.Namespace, deadline: float) -> list[
     return rows
 
 
+def write(path: Path, clocks_before: Any, rows: list[dict[str, Any]]) -> None:
+    """Rows, and what they were measured on."""
+    environment = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "gpu": torch.cuda.get_device_name(),
+        "clocks_before": clocks_before,
+        "clocks_after": clocks(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "build": _host.build_info(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", type=Path, required=True)
@@ -177,19 +195,7 @@ def main() -> int:
     for model in arguments.models:
         rows += measure(model, arguments, deadline)
         torch.cuda.empty_cache()
-    environment = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "gpu": torch.cuda.get_device_name(),
-        "clocks_before": before,
-        "clocks_after": clocks(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "build": _host.build_info(),
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+    write(arguments.json, before, rows)
     return int(any("error" in row for row in rows))
 
 

@@ -37,7 +37,6 @@ class Wanted:
     kv_dtype: torch.dtype
     sparse: bool = False
     speculative: bool = False
-    kv_offload: bool = False
 
     @property
     def ops(self) -> list[str]:
@@ -105,8 +104,6 @@ def _not_on_cuda(wanted: Wanted) -> Iterator[str]:
         yield "fp8 weights need a GPU with fp8 products (capability 8.9 or newer)"
     if wanted.speculative:
         yield "speculative decoding looks at tokens that are still on the GPU"
-    if wanted.kv_offload:
-        yield "kv_offload copies on a thread, not yet on a stream"
 
 
 def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:

@@ -139,12 +139,16 @@ class DecodeStep:
             for size, inputs in reversed(self._inputs.items()):  # the largest: others fit into it
                 with device.step():
                     inputs.fill([], cache, self.sampler)
-                self._compute(size)  # what a library sets up at first use cannot be captured
+                with cache.step([]):
+                    self._compute(size)  # what a library sets up at first use cannot be captured
                 if graphs:
                     self._graphs[size] = device.capture(self._work(size))
 
     def run(self, rows: Sequence[DecodeRow]) -> Tensor:
-        """Compute a step; [n] the sampled tokens on the device, valid until the next step."""
+        """Compute a step; [n] the sampled tokens on the device, valid until the next step.
+
+        The caller has begun a step of the cache.
+        """
         size = next(size for size in self._inputs if size >= len(rows))
         self._inputs[size].fill(rows, self._cache, self.sampler)
         if graph := self._graphs.get(size):

@@ -6,20 +6,24 @@ host's back, in order: what the host puts there crosses through page-locked buff
 allocated once, what it wants back arrives at an event, and a sequence of calls can be captured and
 replayed. `CudaDevice` is the one that is meant; tests have another, which runs on the CPU and
 checks the rules.
+
+Bulk copies that go on beside the computation have queues of their own (`CopyQueue`), ordered
+against it and each other by events alone.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from . import huge_pages
-from .memory import available_bytes
+from .errors import MemoryBudgetError
+from .memory import available_bytes, format_bytes
 
 STAGES = 3
 """Steps whose copies may be on their way at once: the engine has two with the runner."""
@@ -28,10 +32,29 @@ _ALIGNMENT = 256
 
 
 class Event(Protocol):
-    """A point in the queue."""
+    """A point in a queue."""
 
     def synchronize(self) -> None:
         """Wait until all that was queued before it is done."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds until another event; both are timed, and done."""
+
+
+class CopyQueue(Protocol):
+    """Copies beside the computation, in order: each begins when the one before it is done."""
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Queue copies of (target, source): one on the device, one in page-locked memory.
+
+        Both are contiguous.
+        """
+
+    def wait(self, event: Event) -> None:
+        """What is queued from now on begins when an event of any queue is done."""
+
+    def record(self, timed: bool = False) -> Event:
+        """An event at the end of this queue."""
 
 
 class Graph(Protocol):
@@ -93,8 +116,27 @@ class StreamDevice(Device):
         """Queue a copy between the device and page-locked memory."""
         raise NotImplementedError
 
-    def record(self) -> Event:
+    def record(self, timed: bool = False) -> Event:
         """An event at the end of the queue."""
+        raise NotImplementedError
+
+    def wait(self, event: Event) -> None:
+        """What is queued from now on begins when an event of another queue is done."""
+        raise NotImplementedError
+
+    def copy_queue(self) -> CopyQueue:
+        """Another queue, for copies only."""
+        raise NotImplementedError
+
+    def page_lock(self, memory: Tensor) -> Callable[[], None]:
+        """Page-lock memory of `huge_pages.mapped`, for copies to and fro.
+
+        Returns:
+            A function that undoes it when no copy is under way, and keeps the memory until then.
+
+        Raises:
+            MemoryBudgetError: the system does not allow so much.
+        """
         raise NotImplementedError
 
     def capture(self, work: Callable[[], None]) -> Graph:
@@ -190,12 +232,34 @@ class CudaDevice(StreamDevice):
         """See `StreamDevice`."""
         target.copy_(source, non_blocking=True)
 
-    def record(self) -> Event:
+    def record(self, timed: bool = False) -> Event:
         """See `StreamDevice`."""
-        # who waits sleeps
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        return event
+        return _record(self._stream, timed)
+
+    def wait(self, event: Event) -> None:
+        """See `StreamDevice`."""
+        self._stream.wait_event(cast(Any, event))
+
+    def copy_queue(self) -> CopyQueue:
+        """See `StreamDevice`."""
+        return _CudaCopies(self.where)
+
+    def page_lock(self, memory: Tensor) -> Callable[[], None]:
+        """See `StreamDevice`: by registration, as torch's own allocator takes powers of two."""
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(error):
+            raise MemoryBudgetError(
+                f"host memory: {memory.nbytes} bytes ({format_bytes(memory.nbytes)}) could not be "
+                f"page-locked: {runtime.cudaGetErrorString(error)}"
+            )
+
+        def unlock() -> None:
+            with suppress(RuntimeError):  # of a kernel that has failed: no copy goes on then
+                torch.cuda.synchronize(self.where)
+            runtime.cudaHostUnregister(memory.data_ptr())
+
+        return unlock
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """See `StreamDevice`."""
@@ -207,6 +271,31 @@ class CudaDevice(StreamDevice):
             work()
         self._pool = self._pool or graph.pool()
         return graph
+
+
+class _CudaCopies:
+    """A `CopyQueue`: a stream."""
+
+    def __init__(self, where: torch.device) -> None:
+        self._stream = torch.cuda.Stream(where)  # type: ignore[no-untyped-call]
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+
+    def wait(self, event: Event) -> None:
+        self._stream.wait_event(cast(Any, event))
+
+    def record(self, timed: bool = False) -> Event:
+        return _record(self._stream, timed)
+
+
+def _record(stream: Any, timed: bool) -> Event:
+    # who waits sleeps
+    event = torch.cuda.Event(enable_timing=timed, blocking=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
 
 
 CPU = Device()

@@ -45,7 +45,7 @@ from .grammar import GrammarCompiler
 from .handle import RequestHandle
 from .heartbeat import Observer
 from .kv_cache import KVCache, pages_for
-from .memory import format_bytes
+from .memory import available_bytes, format_bytes
 from .model import Qwen2Model
 from .offload import OffloadedCache, check_budget, check_options
 from .output_processor import OutputProcessor
@@ -134,11 +134,12 @@ class Engine:
             device_kv_bytes: with `kv_offload`, what the device may hold of the cache; None: two
                 layers, the least.
             cuda_graphs: on a GPU, decode steps are captured when the engine starts, and replayed;
-                False: launched op by op.
+                False, or with layers in host memory: launched op by op.
 
         Raises:
             ConfigError, WeightsError: the checkpoint, or an argument above, does not fit.
-            MemoryBudgetError: `max_model_len` tokens do not fit in memory.
+            MemoryBudgetError: `max_model_len` tokens do not fit in memory, the device's or, with
+                `kv_offload`, the host's.
             BackendError: the device is not available.
         """
         self.model_dir = Path(model_dir)
@@ -174,7 +175,6 @@ class Engine:
             self.kv_dtype,
             sparse=attention != "dense",
             speculative=speculative is not None,
-            kv_offload=kv_offload is not None,
         )
         self.device = choose_device(device, wanted)
         on_gpu = isinstance(self.device, StreamDevice)
@@ -190,14 +190,15 @@ class Engine:
             gpu=on_gpu,
             num_sms=self.device.num_sms if isinstance(self.device, StreamDevice) else 0,
             cuda_graphs=cuda_graphs,
-            kv_offload=wanted.kv_offload,
+            kv_offload=kv_offload is not None,
             device_kv_bytes=device_kv_bytes,
         )
         shape = replace(self.config, dual_chunk=self.dual_chunk)
         self.max_model_len = fit_context(
-            shape, deployment, max_model_len, self.device.available_bytes()
+            shape, deployment, max_model_len, self.device.available_bytes(), available_bytes()
         )
-        self.plan = memory_plan(shape, replace(deployment, tokens=self.max_model_len))
+        deployment = replace(deployment, tokens=self.max_model_len)
+        self.plan = memory_plan(shape, deployment)
         check_budget(self.config, self.kv_dtype, self.max_model_len, device_kv_bytes)
         self.chunk_tokens = min(prefill_chunk_tokens, self.max_model_len)
         self.step_tokens = self.chunk_tokens + max_num_seqs
@@ -224,7 +225,7 @@ class Engine:
             )
             self.model = Qwen2Model(self.config, weights, self.step_tokens, self.device)
             self.cache = (
-                OffloadedCache(*size, device_kv_bytes)
+                OffloadedCache(*size, self.device, device_kv_bytes)
                 if kv_offload
                 else KVCache(*size, self.device)
             )
@@ -252,10 +253,10 @@ class Engine:
         self._grammar_lock = threading.Lock()
         decodes: DecodeStep | None = None
         if isinstance(self.device, StreamDevice):
-            stage = stage_bytes(shape, replace(deployment, tokens=self.max_model_len))
+            stage, graphs = stage_bytes(shape, deployment), deployment.graphs(shape)
             with self.device.scope():
                 self.device.reserve(stage, max_num_seqs)
-                decodes = DecodeStep(self.model, self.rotary, self.cache, max_num_seqs, cuda_graphs)
+                decodes = DecodeStep(self.model, self.rotary, self.cache, max_num_seqs, graphs)
         self._core = self._build_core(
             replace(limits, chunk_tokens=self.chunk_tokens),
             enable_prefix_caching,

@@ -142,27 +142,41 @@ def decode_bytes(config: ModelConfig, d: Deployment) -> tuple[int, int]:
     return linear + head, d.tokens * config.kv_bytes_per_token(d.kv_dtype)
 
 
-def link_bytes(config: ModelConfig, d: Deployment) -> tuple[float, float]:
-    """Bytes that an offloaded cache moves in (a prefill, a decode step).
+@dataclass(frozen=True)
+class LinkBytes:
+    """What an offloaded cache moves between host and device."""
 
-    Each chunk of a prefill loads all tokens before it and stores its own; a decode step loads the
-    whole context, beside which the page that it stores is nothing.
+    loaded: float  # by a prefill
+    stored: float  # by a prefill
+    step: float  # loaded by a decode step
+
+
+def link_bytes(config: ModelConfig, d: Deployment) -> LinkBytes:
+    """Each chunk of a prefill loads all tokens before it and stores its own.
+
+    A decode step loads the whole context, beside which the page that it stores is nothing.
     """
     share = len(d.streamed_layers(config)) / config.num_layers
     per_token = config.kv_bytes_per_token(d.kv_dtype) * share
     chunks = -(-d.tokens // d.chunk)
     loaded = d.chunk * chunks * (chunks - 1) / 2
-    return (loaded + d.tokens) * per_token, d.tokens * per_token
+    return LinkBytes(loaded * per_token, d.tokens * per_token, d.tokens * per_token)
 
 
 def _with_link(config: ModelConfig, d: Deployment, link: float, s: Seconds) -> Seconds:
     """Copies run beside the computation: what ends last counts.
 
-    The first layer of a step, if it is away, is waited for by a computation that has not begun.
+    A GPU moves bytes in and out at the same time, and loads the first layers of a decode step while
+    the step before it ends. A CPU has one thread for both, and its computation waits for the first
+    layer of each step, if that is away.
     """
-    prefill, decode = (size / link for size in link_bytes(config, d))
-    away = d.streamed_layers(config)
-    first = decode / len(away) if away[:1] == [0] else 0.0
+    moved = link_bytes(config, d)
+    decode, first = moved.step / link, 0.0
+    prefill = max(moved.loaded, moved.stored) / link
+    if not d.gpu:
+        prefill = (moved.loaded + moved.stored) / link
+        away = d.streamed_layers(config)
+        first = decode / len(away) if away[:1] == [0] else 0.0
     step = max(s.decode_step + first, decode)
     return replace(s, link=max(0.0, prefill - s.prefill), decode_step=step)
 

@@ -181,8 +181,8 @@ class KVCache:
         shape = (self.num_pages, config.num_kv_heads, PAGE_SIZE, config.head_dim)
         layers = range(config.num_layers)
         where = device.where
-        self.k = [device.allocate(shape, dtype) for _ in layers]
-        self.v = [device.allocate(shape, dtype) for _ in layers]
+        pairs = [self._allocate(layer, shape, dtype) for layer in layers]
+        self.k, self.v = [k for k, _ in pairs], [v for _, v in pairs]
         self.k_scale: Tensor | None = None  # [layers, kv_heads] float32, powers of two: fp8 only
         self.v_scale: Tensor | None = None
         self._widened: tuple[Tensor, Tensor] | None = None
@@ -198,6 +198,12 @@ class KVCache:
         self.decode_rows: int | None = None  # that it suffices for
         self._free_rows = list(range(max_seqs - 1, -1, -1))
         self.page_bytes = PAGE_SIZE * config.kv_bytes_per_token(dtype)
+
+    def _allocate(
+        self, layer: int, shape: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Memory for K and V of a layer."""
+        return self.device.allocate(shape, dtype), self.device.allocate(shape, dtype)
 
     @property
     def free_rows(self) -> int:
@@ -271,6 +277,12 @@ class KVCache:
         with self.device.scope():  # of any thread, in order with the steps
             for pages in (*self.k, *self.v):
                 pages[target] = pages[source]
+
+    def settle(self) -> None:
+        """Let the host wait until it may read and write the pages of sequences without a step.
+
+        `OffloadedCache` has some in host memory; on a device, reading waits by itself.
+        """
 
 
 class SequenceCache:

@@ -2,41 +2,37 @@
 
 As many layers as the budget allows stay on the device. Each of the others has its home in host
 memory and passes through one of two slots, which hold a whole layer: while a layer computes in one
-slot, a copy thread brings the next layer's pages into the other. What a step writes goes home
-before the step ends, so between steps the homes are the whole truth, and everything that works on
-them (forks, prefix reuse, sessions and their files) does not know of slots.
+slot, the next layer's pages are copied into the other (`offload_copies.py`). What a step writes
+goes home before the step ends, so between steps the homes are the whole truth, and everything that
+works on them (forks, prefix reuse, sessions and their files) does not know of slots.
 
 A step moves the pages that it uses, once per layer whoever shares them: in, those that hold earlier
 tokens; out, those that it wrote. The kernels read the same bytes at the same page numbers, in other
 memory: results are equal to the bit.
 
-On a CPU both sides are one memory, and the budget is an artificial one: it is for tests, and for
-what a GPU will need. There the copy thread becomes a stream, and the homes pinned memory.
+On a GPU the homes are page-locked memory of the host, allocated once. On a CPU both sides are one
+memory, and the budget is an artificial one, for tests.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from . import huge_pages
 from .config import ModelConfig
-from .errors import BackendError, ConfigError
+from .device import CPU, Device, StreamDevice
+from .errors import ConfigError
 from .kv_cache import KVCache, SequenceCache, pages_for
+from .offload_copies import Copies, Pair, QueueCopies, Runs, ThreadCopies, Transfer
 from .ops import PAGE_SIZE
 
 SLOTS = 2
 """Layers on their way: one computes while the other is copied."""
-
-Runs = list[tuple[int, int]]
-"""Pages as [begin, end) of neighbours, ascending."""
 
 
 def layer_bytes(config: ModelConfig, dtype: torch.dtype, max_tokens: int) -> int:
@@ -88,17 +84,6 @@ def check_budget(
         )
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """What happened to a layer's pages, for traces: seconds of `time.perf_counter`."""
-
-    kind: Literal["load", "store", "wait"]  # wait: of the computation, for a load or a store
-    layer: int
-    begin: float
-    end: float
-    num_bytes: int = 0
-
-
 class OffloadedCache(KVCache):
     """A `KVCache` of which the device holds some layers and two slots. One step at a time."""
 
@@ -109,25 +94,43 @@ class OffloadedCache(KVCache):
         max_tokens: int,
         max_seqs: int = 1,
         widened: torch.dtype = torch.bfloat16,
+        device: Device = CPU,
         device_bytes: int | None = None,
     ) -> None:
-        """As `KVCache`; `device_bytes` as `streamed_layers`. Raises ConfigError."""
+        """As `KVCache`; `device_bytes` as `streamed_layers`.
+
+        Raises:
+            ConfigError: a budget below two layers.
+            MemoryBudgetError: the host's memory cannot be page-locked.
+        """
         check_budget(config, dtype, max_tokens, device_bytes)
-        super().__init__(config, dtype, max_tokens, max_seqs, widened)
         self.streamed = streamed_layers(config, dtype, max_tokens, device_bytes)
-        slots = SLOTS if self.streamed else 0
-        self.slots = [
-            (torch.empty_like(self.k[0]), torch.empty_like(self.v[0])) for _ in range(slots)
-        ]
-        self.trace: list[Transfer] | None = None
-        # one worker: a slot's store is done before its next load, and a load sees earlier stores
-        self._copies = ThreadPoolExecutor(1, thread_name_prefix="kv-offload")
         self._away = set(self.streamed)
+        self._homes: Iterator[Tensor] | None = None
+        super().__init__(config, dtype, max_tokens, max_seqs, widened, device)
+        shape = self.k[0].shape
+        slots = SLOTS if self.streamed else 0
+        self.slots: list[Pair] = [
+            (device.allocate(shape, dtype), device.allocate(shape, dtype)) for _ in range(slots)
+        ]
+        self._copies: Copies = ThreadCopies()
+        if isinstance(device, StreamDevice):
+            bounce = device.allocate((2 * len(self.streamed), *shape[1:]), dtype)
+            self._copies = QueueCopies(device, bounce)
         self._coming: Iterator[int] = iter(())  # layers of the step without a slot so far
-        self._loads: dict[int, tuple[tuple[Tensor, Tensor], Future[None]]] = {}
-        self._stores: list[tuple[int, Future[None]]] = []
+        self._here: dict[int, Pair] = {}  # layers that are in a slot, or on their way there
+        self._idle = list(self.slots)  # the others, in the order in which they become free
         self._read: Runs = []
         self._written: Runs = []
+
+    @property
+    def trace(self) -> list[Transfer] | None:
+        """What happens is added to it; on a GPU when `settle` is called."""
+        return self._copies.trace
+
+    @trace.setter
+    def trace(self, trace: list[Transfer] | None) -> None:
+        self._copies.trace = trace
 
     def device_tensors(self) -> list[Tensor]:
         """All keys and values that are on the device."""
@@ -136,43 +139,52 @@ class OffloadedCache(KVCache):
 
     @contextmanager
     def step(self, spans: Sequence[tuple[SequenceCache, int, int]]) -> Iterator[None]:
-        """See `KVCache.step`. Raises BackendError if a copy failed."""
+        """See `KVCache.step`. On a CPU raises BackendError if a copy failed."""
         self._read, self._written = _pages(spans)
         self._coming = iter(self.streamed)
+        idle, self._idle = self._idle, []
         try:
-            for slot in self.slots:
+            for slot in idle:
                 self._load_next(slot)
             yield
-            for layer in list(self._loads):  # written, but attended by nobody
+            for layer in list(self._here):  # written, but attended by nobody
                 self.release(layer)
-            for layer, store in self._stores:
-                self._finish("store", layer, store)
-        finally:  # also of a step that was given up: no copy goes on behind it
-            copies = [load for _, load in self._loads.values()]
-            copies += [store for _, store in self._stores]
-            for copy in copies:
-                copy.cancel()
-            wait(copies)
-            self._loads.clear()
-            self._stores.clear()
+            self._copies.finish()
+        except BaseException:
+            self._here.clear()
+            self._idle = list(self.slots)
+            self._copies.give_up()
+            raise
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See `KVCache.layer`: waits until the layer's pages have come."""
+    def layer(self, layer: int) -> Pair:
+        """See `KVCache.layer`: what is computed on it waits until its pages have come."""
         if layer not in self._away:
             return super().layer(layer)
-        assert layer in self._loads, "a layer is there in its turn, within a step"
-        slot, load = self._loads[layer]
-        self._finish("load", layer, load)
-        return slot
+        assert layer in self._here, "a layer is there in its turn, within a step"
+        self._copies.arrive(layer)
+        return self._here[layer]
 
     def release(self, layer: int) -> None:
         """See `KVCache.release`: its slot is for the next layer, once what was written is home."""
         if layer in self._away:
-            slot, _ = self._loads.pop(layer)
-            home = self.k[layer], self.v[layer]
-            store = self._copies.submit(self._copy, "store", layer, slot, home, self._written)
-            self._stores.append((layer, store))
+            slot = self._here.pop(layer)
+            self._copies.store(layer, slot, (self.k[layer], self.v[layer]), self._written)
             self._load_next(slot)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See `KVCache.copy_page`."""
+        homes = [pages for i in self.streamed for pages in (self.k[i], self.v[i])]
+        with self.device.scope():
+            for i in range(len(self.k)):
+                if i not in self._away:
+                    self.k[i][target] = self.k[i][source]
+                    self.v[i][target] = self.v[i][source]
+            self._copies.copy_page(homes, source, target)
+
+    def settle(self) -> None:
+        """See `KVCache.settle`."""
+        with self.device.scope():
+            self._copies.settle()
 
     def unrounded(self) -> KVCache:
         """See `KVCache.unrounded`: all of its layers lie in one place, none is away."""
@@ -181,47 +193,24 @@ class OffloadedCache(KVCache):
         plain._away = set()
         return plain
 
-    def _load_next(self, slot: tuple[Tensor, Tensor]) -> None:
+    def _allocate(self, layer: int, shape: Sequence[int], dtype: torch.dtype) -> Pair:
+        if layer not in self._away or not isinstance(self.device, StreamDevice):
+            return super()._allocate(layer, shape, dtype)
+        if self._homes is None:
+            count = 2 * len(self.streamed)
+            size = count * torch.Size(shape).numel() * dtype.itemsize
+            memory = huge_pages.mapped(size)
+            weakref.finalize(self, self.device.page_lock(memory)).atexit = False
+            self._homes = iter(memory.view(dtype).view(count, *shape))
+        return next(self._homes), next(self._homes)
+
+    def _load_next(self, slot: Pair) -> None:
         layer = next(self._coming, None)
-        if layer is not None:
-            home = self.k[layer], self.v[layer]
-            load = self._copies.submit(self._copy, "load", layer, home, slot, self._read)
-            self._loads[layer] = slot, load
-
-    def _finish(self, kind: str, layer: int, copy: Future[None]) -> None:
-        """Wait for a copy."""
-        begin, waited = time.perf_counter(), not copy.done()
-        try:
-            copy.result()
-        except Exception as error:
-            raise BackendError(
-                f"kv offload: the {kind} of layer {layer} failed: {error}"
-            ) from error
-        if waited:
-            self._note("wait", layer, begin)
-
-    def _copy(
-        self,
-        kind: Literal["load", "store"],
-        layer: int,
-        source: Iterable[Tensor],
-        target: Iterable[Tensor],
-        runs: Runs,
-    ) -> None:
-        """On the copy thread. NumPy copies on one core and leaves torch's threads to the layers."""
-        begin, size = time.perf_counter(), 0
-        for old, new in zip(source, target, strict=True):
-            from_bytes, to_bytes = (t.view(torch.uint8).numpy() for t in (old, new))
-            for first, end in runs:
-                np.copyto(to_bytes[first:end], from_bytes[first:end])
-                size += to_bytes[first:end].nbytes
-        self._note(kind, layer, begin, size)
-
-    def _note(
-        self, kind: Literal["load", "store", "wait"], layer: int, begin: float, size: int = 0
-    ) -> None:
-        if self.trace is not None:
-            self.trace.append(Transfer(kind, layer, begin, time.perf_counter(), size))
+        if layer is None:
+            self._idle.append(slot)
+        else:
+            self._copies.load(layer, (self.k[layer], self.v[layer]), slot, self._read)
+            self._here[layer] = slot
 
 
 def _pages(spans: Sequence[tuple[SequenceCache, int, int]]) -> tuple[Runs, Runs]:

@@ -62,6 +62,10 @@ class Deployment:
         """Tokens that are really in a chunk."""
         return min(self.chunk_tokens, self.tokens)
 
+    def graphs(self, config: ModelConfig) -> bool:
+        """Whether decode steps are captured: not beside copies, which take far longer."""
+        return self.cuda_graphs and not self.streamed_layers(config)
+
     def streamed_layers(self, config: ModelConfig) -> list[int]:
         """Layers of the cache whose home is host memory."""
         if not self.kv_offload:
@@ -74,12 +78,17 @@ class MemoryPlan:
     """Bytes by item, in the order in which a person wants to see them."""
 
     items: dict[str, int]
-    host: dict[str, int] = field(default_factory=dict)  # beside them, where a GPU has its own
+    host: dict[str, int] = field(default_factory=dict)  # page-locked, where a GPU has its own
 
     @property
     def total(self) -> int:
         """Bytes of all items, without the host's."""
         return sum(self.items.values())
+
+    def fits(self, available: int | None, host_available: int | None = None) -> bool:
+        """Whether everything is in memory at once; None: what is there is not known."""
+        places = (self.items, available), (self.host, host_available)
+        return all(there is None or sum(size.values()) <= there for size, there in places)
 
 
 def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
@@ -102,7 +111,7 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
             table_rows=d.max_seqs,
             max_tokens=d.tokens,
             num_sms=d.num_sms,
-            graphs=d.cuda_graphs,
+            graphs=d.graphs(config),
         )
         items["step inputs"] = stage_bytes(config, d)
         items["runtime"] = RUNTIME_BYTES
@@ -112,6 +121,7 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
         size = layer_bytes(config, d.kv_dtype, d.tokens)
         items["kv slots"] = SLOTS * size
         if d.gpu:
+            items["kv slots"] += streamed * size // pages_for(d.tokens)  # the bounce
             items["kv cache"] -= streamed * size
             host["kv cache"] = streamed * size
     return MemoryPlan(items, host)
@@ -145,18 +155,31 @@ def _scratch_bytes(config: ModelConfig, d: Deployment) -> int:
     return size
 
 
-def largest_context(config: ModelConfig, deployment: Deployment, available: int) -> int:
-    """Most tokens of context, up to `deployment.tokens`, that fit into `available` bytes; or 0."""
+def largest_context(
+    config: ModelConfig,
+    deployment: Deployment,
+    available: int | None,
+    host_available: int | None = None,
+) -> int:
+    """Most tokens of context, up to `deployment.tokens`, that fit into `available` bytes; or 0.
+
+    Of the device and of the host; None: unknown, so it is enough.
+    """
     low, high = 0, deployment.tokens  # bytes grow with the length
     while low < high:
         middle = (low + high + 1) // 2
-        fits = memory_plan(config, replace(deployment, tokens=middle)).total <= available
+        plan = memory_plan(config, replace(deployment, tokens=middle))
+        fits = plan.fits(available, host_available)
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 
 
 def fit_context(
-    config: ModelConfig, deployment: Deployment, wanted: int | None, available: int | None
+    config: ModelConfig,
+    deployment: Deployment,
+    wanted: int | None,
+    available: int | None,
+    host_available: int | None = None,
 ) -> int:
     """The context length that an engine reserves for.
 
@@ -166,6 +189,7 @@ def fit_context(
         wanted: tokens that the caller asks for; None: the model's maximum, or what fits into nine
             tenths of the available memory if that is less (a warning says so).
         available: bytes that may be taken; None: unknown, so nothing is refused.
+        host_available: the same of the host, for what is page-locked there beside a GPU.
 
     Raises:
         ConfigError: `wanted` is beyond the model.
@@ -179,23 +203,33 @@ def fit_context(
     target = wanted or limit
     deployment = replace(deployment, tokens=target)
     plan = memory_plan(config, deployment)
-    if available is None or plan.total <= available:
+    host = " of page-locked host memory"
+    places = ("", plan.items, available), (host, plan.host, host_available)
+    short = [
+        (name, items, there)
+        for name, items, there in places
+        if there is not None and sum(items.values()) > there
+    ]
+    if not short:
         return target
+    name, items, there = short[0]
+    total = sum(items.values())
     if wanted is not None:
-        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.items.items())
+        listed = ", ".join(f"{item} {format_bytes(size)}" for item, size in items.items())
         raise MemoryBudgetError(
-            f"max_model_len: {wanted} tokens need {plan.total} bytes ({format_bytes(plan.total)}: "
-            f"{listed}), but {available} bytes ({format_bytes(available)}) are available; "
+            f"max_model_len: {wanted} tokens need {total} bytes{name} ({format_bytes(total)}: "
+            f"{listed}), but {there} bytes ({format_bytes(there)}) are available; "
             "`qwen1m plan` names what would make it fit"
         )
-    fitting = largest_context(config, deployment, int(available * 0.9))
+    most = [None if room is None else int(room * 0.9) for _, _, room in places]
+    fitting = largest_context(config, deployment, *most)
     if fitting < 2:
         raise MemoryBudgetError(
-            f"memory: not even a short context fits in {format_bytes(available)}"
+            f"memory: not even a short context fits in {format_bytes(there)}{name}"
         )
     log.warning(
-        "max_model_len is %d tokens, not the model's %d: %s are available and the full "
+        "max_model_len is %d tokens, not the model's %d: %s%s are available and the full "
         "context needs %s",
-        fitting, limit, format_bytes(available), format_bytes(plan.total),
+        fitting, limit, format_bytes(there), name, format_bytes(total),
     )  # fmt: skip
     return fitting

@@ -150,10 +150,12 @@ class Report:
             yield "an fp8 cache suffers from large key biases: `qwen1m quantize` reports how much"
         away = len(d.streamed_layers(self.config))
         if away:
-            moved = link_bytes(self.config, d)[1]
+            locked = " page-locked" if d.gpu else ""
+            moved = link_bytes(self.config, d)
             yield (
-                f"kv offload: {away} of {self.config.num_layers} layers in host memory, "
-                f"{format_bytes(moved)} over the link for each token"
+                f"kv offload: {away} of {self.config.num_layers} layers in{locked} host memory, "
+                f"{format_bytes(moved.loaded)} over the link in a prefill, "
+                f"{format_bytes(moved.step)} for each token"
             )
         if d.sparse:
             yield f"sparse attention: {self.columns:,} columns per row assumed (--columns)"

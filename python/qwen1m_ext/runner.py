@@ -132,7 +132,9 @@ class ModelRunner:
                     )
                     for piece in pieces
                 ]
-                drawn = decodes.run(rows)
+                spans = [(p.sequence.cache, p.begin, p.end) for p in pieces if p.sequence.cache]
+                with self._cache.step(spans):
+                    drawn = decodes.run(rows)
             else:
                 result = self._run(step, pieces)
                 sampled, drawn = self._drawn

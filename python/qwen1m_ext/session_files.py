@@ -154,6 +154,7 @@ def save_session(engine: Engine, session: Session, directory: Path, name: str) -
             _write(file, MAGIC + struct.pack("<Q", len(head)) + head)
             _write(file, hashlib.sha256(head).digest())
             _write_summed(file, iter([token_bytes]))
+            engine.cache.settle()
             with engine.device.scope():
                 for pool in _pools(engine):
                     _write_summed(file, _page_blocks(pool, pages, len(tokens)))
@@ -199,6 +200,7 @@ def load_session(engine: Engine, path: Path) -> Session:
         try:
             session.sequence.append(info.num_tokens)
             pages = torch.tensor(session.sequence.pages, dtype=torch.int64)
+            engine.cache.settle()
             with engine.device.scope():  # before any step that reads the pages
                 for i, pool in enumerate(_pools(engine)):
                     what = f"{path}: {'keys' if i % 2 == 0 else 'values'} of layer {i // 2}"

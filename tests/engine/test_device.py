@@ -436,7 +436,6 @@ def test_a_gpu_is_taken(h200: None) -> None:
         ({"dtype": torch.float32}, "bfloat16, not in float32"),
         ({"config": replace(SEVEN, head_dim=96)}, "head_dim of 64 or 128, not 96"),
         ({"speculative": True}, "speculative"),
-        ({"kv_offload": True}, "kv_offload"),
     ],
 )
 def test_what_a_gpu_cannot_do_is_said(

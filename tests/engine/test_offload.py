@@ -17,11 +17,12 @@ import torch
 
 from lib.checkpoints import model_config, write_checkpoint
 from lib.hold import PATIENCE, together
-from qwen1m_ext import LLM, SamplingParams, offload, ops
+from qwen1m_ext import LLM, SamplingParams, offload_copies, ops
 from qwen1m_ext.config import read_config
 from qwen1m_ext.errors import BackendError, ConfigError
 from qwen1m_ext.kv_cache import pages_for
-from qwen1m_ext.offload import OffloadedCache, Transfer, layer_bytes, streamed_layers
+from qwen1m_ext.offload import OffloadedCache, layer_bytes, streamed_layers
+from qwen1m_ext.offload_copies import ThreadCopies, Transfer
 from qwen1m_ext.session_files import load_session, save_session, session_path
 
 CONFIG = Path(__file__).parent.parent / "fixtures" / "configs" / "qwen2.5-7b-instruct-1m.json"
@@ -245,6 +246,8 @@ def test_the_next_layer_comes_while_this_one_computes(tight: LLM) -> None:
     cache = cache_of(tight)
     trace: list[Transfer] = []
     cache.trace = trace
+    assert isinstance(cache._copies, ThreadCopies)
+    worker = cache._copies._worker
     late: list[int] = []
     calls = 0
 
@@ -255,7 +258,7 @@ def test_the_next_layer_comes_while_this_one_computes(tight: LLM) -> None:
         layer = calls % LAYERS
         calls += 1
         needed = LAYERS * (calls // LAYERS) + min(LAYERS, layer + 2) if layer + 1 < LAYERS else 0
-        cache._copies.submit(lambda: None).result(PATIENCE)  # behind all copies asked for so far
+        worker.submit(lambda: None).result(PATIENCE)  # behind all copies asked for so far
         if sum(t.kind == "load" for t in list(trace)) < needed:
             late.append(layer)
 
@@ -282,7 +285,7 @@ def test_a_failed_copy_is_an_error_of_its_requests(
         np_copyto(target, source)
 
     np_copyto = np.copyto
-    monkeypatch.setattr(offload.np, "copyto", copyto)
+    monkeypatch.setattr(offload_copies.np, "copyto", copyto)
     with pytest.raises(BackendError, match=r"kv offload: the (load|store) of layer \d failed: the"):
         answer(tight, prompt_ids(350, 7))
     assert answer(tight, prompt_ids(350, 7))[0][0] == answer(plain, prompt_ids(350, 7))[0][0]
@@ -312,7 +315,7 @@ def test_a_step_that_is_given_up_waits_for_its_copies(
         np_copyto(target, source)
         ended.append(target)
 
-    monkeypatch.setattr(offload.np, "copyto", slow_copyto)
+    monkeypatch.setattr(offload_copies.np, "copyto", slow_copyto)
     with closing_sequence(cache) as sequence:
         sequence.append(300)
         with pytest.raises(KeyboardInterrupt), cache.step([(sequence, 200, 300)]):

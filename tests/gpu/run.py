@@ -147,6 +147,10 @@ def command_of(stage: str) -> list[str] | str:
         "bench-sparse": program(
             "sparse_prefill_bench", "--json", str(OUT / "sparse_prefill.json"), *bench_ceiling()
         ),
+        "bench-offload": [
+            sys.executable, str(ROOT / "bench" / "e2e" / "offload_gpu.py"),
+            "--json", str(OUT / "offload.json"),
+        ],
         "bench-model": [
             sys.executable, str(ROOT / "bench" / "e2e" / "model_gpu.py"),
             "--json", str(OUT / "model.json"), "--models", "7b", "14b", "--seconds", "700",
@@ -163,7 +167,7 @@ STAGES = (
     "device", "configure", "build", "package", "doctor", "stream", "conformance", "ops", "ops-sm80",
     "model", "kernels", "memcheck", "racecheck", "synccheck", "bench-tma", "bench-fused",
     "bench-norms", "bench-decode", "bench-decode-sdpa", "bench-sdpa", "bench-kernel",
-    "bench-sparse", "bench-model",
+    "bench-sparse", "bench-offload", "bench-model",
 )  # fmt: skip
 
 

@@ -123,9 +123,25 @@ def test_same_output_in_every_way(gpu: str, attention: str) -> None:
     assert not report.beyond, report.beyond
 
 
-def test_a_decode_step_waits_for_nothing(gpu: str, demo: dict[str, LLM]) -> None:
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_layers_in_host_memory(gpu: str, demo: dict[str, LLM], attention: Any) -> None:
+    """The same kernels on the same bytes: every token is the same, and so are their logits."""
+    cuda, offloaded = (on_gpu(demo, cuda_graphs=False, kv_offload=o) for o in (None, "host"))
+    params = SamplingParams(temperature=0, max_tokens=24, attention=attention)
+    noted = replace(params, logprobs=2)
+    for one in prompts(cuda):
+        for chosen in (params, noted):
+            want, got = (llm.generate(one, chosen)[0].outputs[0] for llm in (cuda, offloaded))
+            assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)
+
+
+@pytest.mark.parametrize("kv_offload", [None, "host"])
+def test_a_decode_step_waits_for_nothing(gpu: str, kv_offload: Any) -> None:
     """Torch raises at every hidden synchronisation while steps are queued."""
-    engine = LLM(demo_model_path(), device="cuda", max_model_len=600, attention="dense").engine
+    engine = LLM(
+        demo_model_path(), device="cuda", max_model_len=600, attention="dense",
+        kv_offload=kv_offload,
+    ).engine  # fmt: skip
     ids, params = list(range(30, 130)), SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     core, request = engine._core, engine._request(ids, params)
     request.samples[0].sampler = Sampler(params, ids)

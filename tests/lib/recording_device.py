@@ -117,7 +117,7 @@ class RecordingDevice(StreamDevice):
         with self._lock:
             self._copies.append(_Copy(target, source, to_host=locked[0]))
 
-    def record(self) -> Event:
+    def record(self, timed: bool = False) -> Event:
         self._check_scope()
         with self._lock:
             return _Event(self, self._done + len(self._copies))
