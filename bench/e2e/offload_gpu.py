@@ -106,7 +106,7 @@ def phases(trace: list[Transfer], loads: int) -> dict[str, dict[str, float]]:
             "store_s": spent["store"],
             "wait_s": waited,
             "load_bytes_per_s": loaded / spent["load"],
-            "hidden_share": 1 - waited / spent["load"],
+            "hidden_share": 1 - waited / (spent["load"] + spent["store"]),
         }
     return rows
 

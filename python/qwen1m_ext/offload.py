@@ -28,7 +28,7 @@ from .config import ModelConfig
 from .device import CPU, Device, StreamDevice
 from .errors import ConfigError
 from .kv_cache import KVCache, SequenceCache, pages_for
-from .offload_copies import Copies, Pair, QueueCopies, Runs, ThreadCopies, Transfer
+from .offload_copies import Copies, Pair, QueueCopies, Runs, ThreadCopies, Transfer, joined
 from .ops import PAGE_SIZE
 
 SLOTS = 2
@@ -223,14 +223,7 @@ def _pages(spans: Sequence[tuple[SequenceCache, int, int]]) -> tuple[Runs, Runs]
         old = begins.setdefault(sequence.row, begin)
         read.update(sequence.pages[: pages_for(old)])
         written.update(sequence.pages[begin // PAGE_SIZE : pages_for(end)])
-    return _runs(read), _runs(written)
-
-
-def _runs(pages: set[int]) -> Runs:
-    runs: Runs = []
-    for page in sorted(pages):
-        if runs and runs[-1][1] == page:
-            runs[-1] = runs[-1][0], page + 1
-        else:
-            runs.append((page, page + 1))
-    return runs
+    in_use, changed = (
+        joined([(page, page + 1) for page in sorted(pages)]) for pages in (read, written)
+    )
+    return in_use, changed

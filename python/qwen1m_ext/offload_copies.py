@@ -13,10 +13,10 @@ The host waits for none of them. So the last line makes the homes the truth for 
 later in the computation's queue, and for a host that has waited for that. A load of the next step
 does not wait for it: its slot is free earlier, and it comes while the last layers compute.
 
-Pages are copied in runs of neighbours, K and V each with one call, and never more than was asked
-for. Starting a copy takes a few microseconds, in which 50 GB/s move a page of 128 KiB: pages that
-all lie apart may take twice as long as their bytes do (not measured), and bridging gaps would win
-nothing. The allocator hands out neighbours as long as there are some.
+Pages are copied in runs of neighbours, K and V each with one call. The allocator hands out
+neighbours as long as there are some. To start a copy takes microseconds, so a queue's load takes a
+small gap between two runs along (`BRIDGE_BYTES`): what comes into a slot that way is read by
+nobody. A store never does, since what is in a slot beside its runs is not the truth.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ Runs = list[tuple[int, int]]
 Pair = tuple[Tensor, Tensor]
 """K and V of a layer: [pages, kv_heads, 128, head_dim] each."""
 
+BRIDGE_BYTES = 256 << 10
+"""The largest gap of K, or of V, that a load takes along: 5 us at 50 GB/s, about what it takes to
+start another copy from Python (an estimate, not measured)."""
+
 Kind = Literal["load", "store", "wait"]
 
 
@@ -53,6 +57,17 @@ class Transfer:
     begin: float
     end: float
     num_bytes: int = 0
+
+
+def joined(runs: Runs, gap: int = 0) -> Runs:
+    """Neighbouring runs as one, with the pages of gaps up to `gap` between them."""
+    result: Runs = []
+    for begin, end in runs:
+        if result and begin - result[-1][1] <= gap:
+            result[-1] = result[-1][0], end
+        else:
+            result.append((begin, end))
+    return result
 
 
 class Copies(Protocol):
@@ -167,6 +182,7 @@ class QueueCopies:
         # by address of a slot: when what was in it is home
         self._free: dict[int, Event | None] = {}
         self._loads: dict[int, Event] = {}  # nobody has waited for them yet
+        self._last = 0  # layer that was stored
         self._page_lock = threading.Lock()  # of the bounce
         self._start: tuple[Event, float] | None = None  # of the trace; seconds of the host
         self._timed: list[tuple[Kind, int, Event, Event, int]] = []
@@ -175,27 +191,24 @@ class QueueCopies:
         """See `Copies`."""
         if free := self._free.setdefault(slot[0].data_ptr(), None):
             self._in.wait(free)
+        runs = joined(runs, BRIDGE_BYTES // home[0][0].nbytes)
         self._loads[layer] = self._move(self._in, "load", layer, home, slot, runs)
 
     def arrive(self, layer: int) -> None:
         """See `Copies`."""
-        load = self._loads.pop(layer, None)
-        if load is None:
-            return
-        begin = self._device.record(timed=True) if self.trace is not None else None
-        self._device.wait(load)
-        if begin:
-            self._timed.append(("wait", layer, begin, self._device.record(timed=True), 0))
+        if load := self._loads.pop(layer, None):
+            self._await(load, layer)
 
     def store(self, layer: int, slot: Pair, home: Pair, runs: Runs) -> None:
         """See `Copies`."""
         self._out.wait(self._device.record())
         stored = self._move(self._out, "store", layer, slot, home, runs)
         self._free[slot[0].data_ptr()] = stored
+        self._last = layer
 
     def finish(self) -> None:
         """See `Copies`."""
-        self._device.wait(self._out.record())
+        self._await(self._out.record(), self._last)
 
     def give_up(self) -> None:
         """See `Copies`."""
@@ -225,6 +238,13 @@ class QueueCopies:
                 first, last = (seconds + zero.elapsed_time(e) / 1000 for e in (begin, end))
                 self.trace.append(Transfer(kind, layer, first, last, size))
         self._timed.clear()
+
+    def _await(self, event: Event, layer: int) -> None:
+        """The computation waits."""
+        begin = self._device.record(timed=True) if self.trace is not None else None
+        self._device.wait(event)
+        if begin:
+            self._timed.append(("wait", layer, begin, self._device.record(timed=True), 0))
 
     def _move(
         self, queue: CopyQueue, kind: Kind, layer: int, source: Pair, target: Pair, runs: Runs

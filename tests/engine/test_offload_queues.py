@@ -1,20 +1,15 @@
-"""An offloaded cache on a device with queues: whatever the order allows, the bytes are the same.
+"""The engine with an offloaded cache on a device with queues: to the bit what it is without.
 
-Copies run on queues of their own, and on these devices (`lib/lazy_device.py`) as late, or as early,
-as the events allow. Programs of steps, forks and host accesses are run beside a plain cache;
-without any one of the waits in `QueueCopies` one of them gives something else.
+The devices (`lib/lazy_device.py`) copy as late, or as early, as the events allow.
 """
 
 from __future__ import annotations
 
-import inspect
-import random
-import re
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -22,225 +17,20 @@ from torch import Tensor
 
 from lib.checkpoints import model_config, write_checkpoint
 from lib.hold import together
-from lib.lazy_device import LazyDevice, host_reads_wait
+from lib.lazy_device import AHEAD, LazyDevice, host_reads_wait
 from lib.recording_device import RecordingDevice
-from qwen1m_ext import LLM, SamplingParams, offload, offload_copies
-from qwen1m_ext.config import read_config
+from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext.errors import MemoryBudgetError
-from qwen1m_ext.kv_cache import KVCache, SequenceCache, pages_for
-from qwen1m_ext.offload import OffloadedCache, layer_bytes
-from qwen1m_ext.offload_copies import QueueCopies, Transfer
-from qwen1m_ext.ops import PAGE_SIZE
+from qwen1m_ext.kv_cache import pages_for
+from qwen1m_ext.offload import OffloadedCache
+from qwen1m_ext.offload_copies import QueueCopies
 from qwen1m_ext.sampler import Sampler
 from qwen1m_ext.session_files import load_session, save_session, session_path
 
-CONFIGS = Path(__file__).parent.parent / "fixtures" / "configs"
-SMALL = replace(
-    read_config(CONFIGS / "qwen2.5-7b-instruct-1m.json"), num_layers=5, num_kv_heads=1, head_dim=8
-)
-AHEAD: tuple[Literal["computation", "copies"], ...] = ("computation", "copies")
 LAYERS, TOKENS = 5, 1024
 LAYER = TOKENS * 2 * 2 * 16 * 4  # bytes: K and V, 2 heads x 16 float32
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 NOTED = replace(GREEDY, logprobs=3)
-
-
-# --- programs -------------------------------------------------------------------------------------
-
-
-class Left(Exception):
-    """Of a step, in the middle."""
-
-
-class Program:
-    """Random steps on a cache, from a seed; `seen` is all that was read of keys and values."""
-
-    def __init__(self, cache: KVCache, seed: int) -> None:
-        self.cache, self.random = cache, random.Random(seed)
-        self.open: list[SequenceCache] = []
-        self.seen: list[Tensor] = []
-        self.written = 0
-
-    def run(self, moves: int) -> list[Tensor]:
-        for _ in range(moves):
-            kinds = [self.step, self.step, self.leave_step, self.fork, self.read, self.write]
-            self.random.choice(kinds)()
-            while self.cache.allocator.num_free < 8 and self.open:
-                self.cache.close(self.open.pop(self.random.randrange(len(self.open))))
-        return self.seen
-
-    def step(self, left_in: int | None = None) -> None:
-        """Some sequences grow; then every layer is written and read."""
-        while len(self.open) < 2:
-            self.open.append(self.cache.open())
-        spans = []
-        newest = self.open[-1]
-        for sequence in (self.random.choice(self.open[:-1]), newest):
-            begin = sequence.length
-            sequence.append(self.random.choice((1, 5, 130)))
-            spans.append((sequence, begin, sequence.length))
-        try:
-            with self.cache.device.scope(), self.cache.step(spans):
-                for layer in range(len(self.cache.k)):
-                    pools = self.cache.layer(layer)
-                    for sequence, begin, end in spans:
-                        self._write(pools, sequence, begin, end)
-                        if layer == left_in:
-                            raise Left
-                        self.seen += [self._rows(pool, sequence) for pool in pools]
-                    self.cache.release(layer)
-        except Left:
-            for sequence, begin, _ in spans:
-                sequence.truncate(begin)
-
-    def leave_step(self) -> None:
-        """As a cancelled request does. Often its pages are somebody else's at once."""
-        self.step(left_in=self.random.randrange(len(self.cache.k)))
-        self.random.choice((self.fork, self.write, lambda: None))()
-        self.step()
-
-    def fork(self) -> None:
-        if self.open:
-            source, forked = self.random.choice(self.open), self.cache.open()
-            forked.fork(source, self.random.randint(0, source.length))
-            self.open.append(forked)
-
-    def read(self) -> None:
-        """By the host, as a session is saved."""
-        for sequence in self.open:
-            self.cache.settle()
-            with self.cache.device.scope():
-                for pool in (*self.cache.k, *self.cache.v):
-                    self.seen.append(self._rows(pool, sequence))
-
-    def write(self) -> None:
-        """By the host, as a session is loaded."""
-        sequence = self.cache.open()
-        sequence.append(200)
-        self.cache.settle()
-        with self.cache.device.scope():
-            for pools in zip(self.cache.k, self.cache.v, strict=True):
-                self._write(pools, sequence, 0, 200)
-        self.open.append(sequence)
-
-    def _write(self, pools: Any, sequence: SequenceCache, begin: int, end: int) -> None:
-        slots = sequence.slots(begin, end)
-        for pool in pools:
-            self.written += 1
-            values = torch.arange(end - begin, dtype=pool.dtype) + 1000 * self.written
-            rows = values[:, None, None].expand(-1, *pool.shape[1::2])
-            pool[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = rows
-
-    def _rows(self, pool: Tensor, sequence: SequenceCache) -> Tensor:
-        """[length, kv_heads, head_dim]."""
-        pages = torch.tensor(sequence.pages, dtype=torch.int64)
-        return pool[pages].transpose(1, 2).flatten(0, 1)[: sequence.length]
-
-
-MOVES, SEEDS = 12, range(6)
-
-
-def reads_what_a_plain_cache_has(ahead: Any, seed: int, copies: Any = QueueCopies) -> bool:
-    tokens, seqs = 24 * PAGE_SIZE, 24
-    want = Program(KVCache(SMALL, torch.float32, tokens, seqs), seed).run(MOVES)
-    device = LazyDevice(ahead)
-    with host_reads_wait(device), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offload, "QueueCopies", copies)
-        budget = 3 * layer_bytes(SMALL, torch.float32, tokens)
-        cache = OffloadedCache(
-            SMALL, torch.float32, tokens, seqs, device=device, device_bytes=budget
-        )
-        assert cache.streamed == [1, 2, 3, 4]
-        got = Program(cache, seed).run(MOVES)
-        device.finish()
-    assert len(want) == len(got) > 0
-    return all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
-
-
-@pytest.mark.parametrize("ahead", AHEAD)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_bytes_are_those_of_a_plain_cache(ahead: Any, seed: int) -> None:
-    assert reads_what_a_plain_cache_has(ahead, seed)
-
-
-SOURCE = inspect.getsource(QueueCopies).splitlines()
-WAITS = [
-    i for i, line in enumerate(SOURCE)
-    if re.search(r"\.wait\(|self\.finish\(\)|fromkeys|_device\.record\(\)\.synchronize", line)
-]  # fmt: skip
-
-
-def without(line: int) -> Any:
-    """`QueueCopies` that lacks a line."""
-    indent = SOURCE[line][: -len(SOURCE[line].lstrip())]
-    lines = [*SOURCE[:line], indent + "pass", *SOURCE[line + 1 :]]
-    names = dict(vars(offload_copies))
-    exec("\n".join(lines), names)
-    return names["QueueCopies"]
-
-
-@pytest.mark.parametrize("line", WAITS, ids=[SOURCE[i].strip() for i in WAITS])
-def test_every_wait_is_needed(line: int) -> None:
-    """Planted errors: each wait left out, in turn."""
-    broken = without(line)
-    assert not all(
-        reads_what_a_plain_cache_has(ahead, seed, broken) for ahead in AHEAD for seed in SEEDS
-    )
-
-
-# --- ahead of their turn --------------------------------------------------------------------------
-
-
-def test_the_first_layer_comes_while_the_last_one_computes() -> None:
-    """Across steps: once the second last layer is home, its slot is filled for the next step."""
-    device = LazyDevice("copies")
-    with host_reads_wait(device), device.scope():
-        cache = OffloadedCache(SMALL, torch.float32, TOKENS, 2, device=device)
-        sequence = cache.open()
-        sequence.append(10)
-        with cache.step([(sequence, 0, 10)]):
-            for layer in range(LAYERS):
-                cache.layer(layer)[0][sequence.pages[0], :, :10] = layer + 1
-                cache.release(layer)
-                if layer == LAYERS - 2:
-                    second_last = device.record()
-        sequence.append(1)
-        with cache.step([(sequence, 10, 11)]):
-            slot = cache._here[0][0]
-            assert cache.k[0][sequence.pages[0], 0, 0].tolist() == [0.0] * 8  # not even written
-            second_last.synchronize()
-            assert device.computation.done == 2 * (LAYERS - 1)  # a wait and a write for each
-            with device._executing():
-                assert (slot[sequence.pages[0], :, :10] == 1).all()
-
-
-def test_a_trace_of_copies() -> None:
-    """What came in, what went out, and what the computation waited for, on one clock."""
-    device = LazyDevice("computation")
-    cache = OffloadedCache(SMALL, torch.float32, TOKENS, 2, device=device)
-    sequence = cache.open()
-    trace: list[Transfer] = []
-    cache.trace = trace
-    with device.scope():
-        for begin, end in ((0, 300), (300, 301)):
-            sequence.append(end - begin)
-            with cache.step([(sequence, begin, end)]):
-                for layer in range(LAYERS):
-                    cache.layer(layer)
-                    cache.release(layer)
-    assert trace == []
-    cache.settle()
-    page = layer_bytes(SMALL, torch.float32, PAGE_SIZE)
-    for kind, sizes in (("load", (0, 3)), ("store", (3, 1)), ("wait", (0, 0))):
-        moved = [(t.layer, t.num_bytes) for t in trace if t.kind == kind]
-        assert sorted(moved) == sorted((n, pages * page) for n in range(LAYERS) for pages in sizes)
-    assert all(t.begin <= t.end for t in trace)
-    ends = {(t.kind, t.layer): t for t in trace}  # of the second step
-    for layer in range(LAYERS):
-        assert ends["load", layer].end <= ends["wait", layer].end <= ends["store", layer].begin
-
-
-# --- the engine -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -416,14 +206,6 @@ def test_a_host_with_too_little_memory_is_refused(
     words = rf"1024 tokens need {LAYERS * LAYER} bytes of page-locked host memory"
     with pytest.raises(MemoryBudgetError, match=words):
         load(deep, LazyDevice("computation"), kv_offload="host")
-
-
-def test_page_locked_memory_is_given_back(deep: Path) -> None:
-    device = LazyDevice("computation")
-    cache = OffloadedCache(SMALL, torch.float32, TOKENS, device=device)
-    assert all(device.is_locked(pool) for pool in (*cache.k, *cache.v))
-    del cache
-    assert device.unlocked == 1
 
 
 def test_an_engine_allocates_its_plan(deep: Path) -> None:

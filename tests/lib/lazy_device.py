@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lib.recording_device import GARBAGE, RecordingDevice
 from qwen1m_ext.device import CopyQueue, Event, Graph
 
+AHEAD: tuple[Literal["computation", "copies"], ...] = ("computation", "copies")
+
 HOST_READS = (
     "tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"
 )  # fmt: skip
