@@ -35,6 +35,7 @@ DISTANCE = function("distance", {"to": {"type": "string", "maxLength": 8}, "unit
 ROLL = function("roll", {"sides": {"type": "integer", "minimum": 2, "maximum": 99}})
 NOW = function("now", None, description="The time")
 ASK = [{"role": "user", "content": "How far is the sea?"}]
+NAMED = {"type": "function", "function": {"name": "distance"}}
 OPTIONS = dict(model="tools", messages=ASK, max_tokens=400, temperature=1.0, tools=[DISTANCE, ROLL])
 
 
@@ -82,9 +83,14 @@ def gathered(chunks, n: int = 1) -> list[tuple[str, list[dict], str | None]]:
             sample[0] += choice.delta.content or ""
             for part in choice.delta.tool_calls or ():
                 if part.index == len(sample[1]):
-                    sample[1].append({"id": part.id, "name": "", "arguments": ""})
-                sample[1][part.index]["name"] += part.function.name or ""
-                sample[1][part.index]["arguments"] += part.function.arguments or ""
+                    assert part.type == "function" and part.function.arguments == ""
+                    name = part.function.name
+                    sample[1].append({"id": part.id, "name": name, "arguments": "", "pieces": 0})
+                else:
+                    assert part.id is part.type is part.function.name is None
+                    assert part.index == len(sample[1]) - 1 and part.function.arguments
+                    sample[1][-1]["arguments"] += part.function.arguments
+                    sample[1][-1]["pieces"] += 1
             assert sample[2] is None
             sample[2] = choice.finish_reason
     return [tuple(sample) for sample in samples]
@@ -109,11 +115,14 @@ def test_required_calls_stream_as_they_are(caller, more):
     streamed = gathered(caller.chat.completions.create(**options, stream=True), 4)
     counts = []
     for sample, (content, calls, reason) in zip(whole.choices, streamed, strict=True):
-        for call in sample.message.tool_calls or ():
+        made = sample.message.tool_calls or []
+        for call in made[:-1] if reason == "length" else made:
             check(call)
+        # A token is a byte here; what comes at once is the first brace, and the last with the tag.
+        assert all(call["pieces"] == len(call["arguments"]) for call in calls)
         assert reason == sample.finish_reason and content == (sample.message.content or "")
         assert [(c["name"], c["arguments"]) for c in calls] == [
-            (c.function.name, c.function.arguments) for c in sample.message.tool_calls or ()
+            (c.function.name, c.function.arguments) for c in made
         ]
         counts.append(len(calls))
     reasons = {reason for *_, reason in streamed}
@@ -133,13 +142,40 @@ def test_one_call_where_several_are_not_wanted(caller):
         check(call, ["now"])
 
 
-def test_a_call_that_is_cut_stays_text(caller):
+def test_a_call_that_is_cut(caller):
+    """Before its arguments begin it is text, then a call whose arguments end where they end."""
     options = OPTIONS | dict(tool_choice="required", temperature=0, max_tokens=30)
     whole = caller.chat.completions.create(**options).choices[0]
     assert whole.message.tool_calls is None and whole.finish_reason == "length"
     assert whole.message.content.startswith('<tool_call>\n{"name": "')
     ((content, calls, reason),) = gathered(caller.chat.completions.create(**options, stream=True))
     assert (content, calls, reason) == (whole.message.content, [], "length")
+    options |= dict(tool_choice=NAMED, max_tokens=60)
+    whole = caller.chat.completions.create(**options).choices[0]
+    (call,) = whole.message.tool_calls
+    assert whole.finish_reason == "length" and whole.message.content is None
+    assert call.function.name == "distance" and call.function.arguments.startswith("{")
+    assert not call.function.arguments.endswith("}")
+    ((content, calls, reason),) = gathered(caller.chat.completions.create(**options, stream=True))
+    assert (content, reason) == ("", "length")
+    assert calls[0]["arguments"] == call.function.arguments
+
+
+def test_the_client_tells_arguments_as_they_come(caller):
+    """Its own reader of streams."""
+    tools = [DISTANCE | {"function": DISTANCE["function"] | {"strict": True}}]
+    options = OPTIONS | dict(tools=tools, tool_choice="required", parallel_tool_calls=False, seed=5)
+    events = []
+    with caller.chat.completions.stream(**options) as stream:
+        events = list(stream)
+        message = stream.get_final_completion().choices[0].message
+    (call,) = message.tool_calls
+    assert check(call) == call.function.parsed_arguments
+    grown = [e.arguments for e in events if e.type == "tool_calls.function.arguments.delta"]
+    assert len(grown) > 20 and grown[-1] == call.function.arguments
+    assert all(a.startswith(b) for a, b in zip(grown[1:], grown, strict=False))
+    (done,) = (e for e in events if e.type == "tool_calls.function.arguments.done")
+    assert (done.name, done.arguments) == ("distance", call.function.arguments)
 
 
 def test_a_free_answer_is_text_as_without_parser(caller):
@@ -174,8 +210,7 @@ def test_with_a_response_format_an_answer_is_a_document_or_calls(caller):
 
 def test_a_conversation_with_results(caller, tools_server, checkpoint):
     """What came out goes in again; the results stand in the order of the calls."""
-    choice = {"type": "function", "function": {"name": "distance"}}
-    answer = caller.chat.completions.create(**OPTIONS, tool_choice=choice, seed=3)
+    answer = caller.chat.completions.create(**OPTIONS, tool_choice=NAMED, seed=3)
     message = answer.choices[0].message
     call = message.tool_calls[0]
     other = {"id": "b", "type": "function", "function": {"name": "now", "arguments": " {} "}}

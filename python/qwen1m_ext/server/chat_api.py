@@ -16,7 +16,7 @@ from .prompts import Prompt, chat_prompt, continued_prompt, json_schema
 from .respond import respond
 from .schemas import ChatBody
 from .service import Service
-from .tool_calls import Part, ToolCallParser, call_entry
+from .tool_calls import Arguments, Part, ToolCallParser, begin_entry
 from .tools import Calling, calling
 
 
@@ -31,7 +31,7 @@ class ChatShape:
         self._tokenizer = service.tokenizer
         self._model = service.settings.served_name
         self._started: set[int] = set()
-        self._calls: dict[int, int] = {}  # so far, by sample
+        self._calls: dict[int, int] = {}  # begun so far, by sample
         self._choices: list[dict[str, Any]] = [
             {
                 "index": index,
@@ -72,21 +72,23 @@ class ChatShape:
         return choices
 
     def _parts(self, event: OutputDelta) -> list[Part]:
-        """The text and the calls that an event brings."""
+        """What an event brings of the text and of calls."""
         if self._parsers:
             return self._parsers[event.index].push(event.text, event.finish_reason is not None)
         return [event.text] if event.text else []
 
     def _part(self, index: int, part: Part) -> dict[str, Any]:
-        """The delta of one of them; the number of a call goes with its sample's earlier ones."""
+        """The delta of one of them; a call's number counts those of its sample."""
         if isinstance(part, str):
             return {"content": part}
-        number = self._calls.get(index, 0)
-        self._calls[index] = number + 1
-        return {"tool_calls": [{"index": number} | call_entry(part)]}
+        begun = self._calls.get(index, 0)
+        if isinstance(part, Arguments):
+            return {"tool_calls": [{"index": begun - 1, "function": {"arguments": part.text}}]}
+        self._calls[index] = begun + 1
+        return {"tool_calls": [{"index": begun} | begin_entry(part.name)]}
 
     def _finish_reason(self, event: OutputDelta) -> str | None:
-        called = event.index in self._calls
+        called = bool(self._parsers) and self._parsers[event.index].calls > 0  # complete ones
         return "tool_calls" if called and event.finish_reason == "stop" else event.finish_reason
 
     @staticmethod
@@ -108,8 +110,11 @@ class ChatShape:
                 if "content" in delta:
                     choice["message"]["content"] += delta["content"]
                 for call in delta.get("tool_calls", ()):
-                    del call["index"]
-                    choice["message"].setdefault("tool_calls", []).append(call)
+                    calls = choice["message"].setdefault("tool_calls", [])
+                    if call.pop("index") == len(calls):
+                        calls.append(call)
+                    else:
+                        calls[-1]["function"]["arguments"] += call["function"]["arguments"]
             choice["finish_reason"] = self._finish_reason(event)
             logprobs = self._logprobs(event)
             if logprobs is not None:

@@ -5,36 +5,53 @@
     {"name": "look_up", "arguments": {"word": "sea"}}
     </tool_call>
 
-What is no valid call of a declared function is text, to the last character. Where a text is cut
-into pieces makes no difference: pieces of text may come out otherwise, what they add up to not.
+A call begins where its arguments do: after the name of a declared function and `"arguments": {`.
+From there on the arguments come out as they are written, to the letter. What is no beginning of a
+call is text, to the last character; what breaks off within one is text from where it breaks.
+
+The last brace of the arguments is kept until the call is seen to end, so that arguments are a JSON
+object if, and only if, their call is complete. A call written otherwise (its keys in another order,
+without arguments, its name with escapes) comes out when it is complete, or as text.
+
+Where an answer is cut into pieces makes no difference to what the parts add up to.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from .json_prefix import JsonObject
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 _SPACE = " \t\r\n"
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*\{')
 
 
 @dataclass(frozen=True)
-class ToolCall:
-    """A complete call; `arguments` is the text of a JSON object."""
+class CallBegin:
+    """A call of this function; its arguments follow."""
 
     name: str
-    arguments: str
 
 
-Part = str | ToolCall
+@dataclass(frozen=True)
+class Arguments:
+    """The next piece of the arguments of the call that began last."""
+
+    text: str
+
+
+Part = str | CallBegin | Arguments
 
 
 class ToolCallParser:
-    """Reads one answer. A call comes out when it is complete: only then it is known to be one.
+    """Reads one answer.
 
     The white space before a call belongs to it; that after the last call as well.
     """
@@ -63,20 +80,25 @@ class ToolCallParser:
                 self._emit(parts, len(self._text) - kept, final)
                 return False
             self._emit(parts, len(self._text[:at].rstrip(_SPACE)))
-            self._call = _Call(self._text.index(OPEN) + len(OPEN))
+            self._call = _Call(self._text.index(OPEN) + len(OPEN), self._names)
         call = self._call
         call.scan(self._text, final)
+        parts += call.take(self._text)
         if call.state == "open" and not final:
             return False
-        found = self._parse(call.body(self._text)) if call.state == "complete" else None
-        end = len(self._text) if call.state == "open" else call.position
         self._call = None
-        if found is None:
-            self._emit(parts, end)
-        else:
-            parts.append(found)
+        found = call.begun
+        if call.state == "complete" and not found:
+            whole = self._parse(call.body(self._text))
+            parts += whole
+            found = bool(whole)
+        end = len(self._text) if call.state == "open" else call.position
+        if call.state == "complete" and found:
             self.calls += 1
             self._text = self._text[end:]
+        else:
+            self._text = self._text[call.taken :]
+            self._emit(parts, end - call.taken)
         return True
 
     def _emit(self, parts: list[Part], count: int, final: bool = False) -> None:
@@ -87,30 +109,37 @@ class ToolCallParser:
         if text:
             parts.append(text)
 
-    def _parse(self, body: str) -> ToolCall | None:
+    def _parse(self, body: str) -> list[Part]:
+        """A call that comes out as a whole; [] if it is none."""
         try:
             value = json.loads(body, parse_constant=_refuse)
             if not isinstance(value, dict) or not {"name"} <= set(value) <= {"name", "arguments"}:
-                return None
+                return []
             name, arguments = value["name"], value.get("arguments", {})
             if not isinstance(arguments, dict) or not isinstance(name, str):
-                return None
-            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is no number
+                return []
+            text = json.dumps(arguments, allow_nan=False)  # 1e999 is no number
         except (ValueError, RecursionError):
-            return None
-        return ToolCall(name, text) if name in self._names else None
+            return []
+        return [CallBegin(name), Arguments(text)] if name in self._names else []
 
 
 class _Call:
-    """Finds the end of a call, looking at every character once."""
+    """What follows an opening tag; every character is looked at once."""
 
-    def __init__(self, begin: int) -> None:
-        """`begin`: of what follows the opening tag."""
+    def __init__(self, begin: int, names: Collection[str]) -> None:
+        """`begin`: of what follows the tag, in the texts that `scan` gets."""
         self.position = begin  # all before it has been looked at
         self.state = "open"  # or "complete" (`position` is its end) or "broken" (text up to there)
+        self.begun = False
+        self.taken = 0  # once begun: all before it is told
+        self._names = names
+        self._json = JsonObject()
         self._begin = begin
-        self._end: int | None = None  # of the JSON object
-        self._depth, self._quoted, self._escaped = 0, False, False
+        self._nested = False  # something within the object has been seen
+        self._name: str | None = None  # begun, not yet told
+        self._arguments_end: int | None = None
+        self._end: int | None = None  # of the object
 
     def body(self, text: str) -> str:
         """The JSON object of a complete call."""
@@ -119,39 +148,61 @@ class _Call:
     def scan(self, text: str, final: bool) -> None:
         """Go on in a text that has become longer."""
         while self._end is None and self.state == "open" and self.position < len(text):
-            self._look(text[self.position])
-        if self._end is None or self.state != "open":
-            return
-        rest = text[self._end :]
-        tag = rest.lstrip(_SPACE)
-        if tag.startswith(CLOSE):
-            self.position = self._end + len(rest) - len(tag) + len(CLOSE)
+            self._look(text)
+        if self._end is not None and self.state == "open":
+            self._look_for_tag(text)
+        if final and self.state == "open" and (self._end or self._arguments_end):
+            # Only the end of the wrapping is missing. The beginning of another call is text.
             self.state = "complete"
-        elif not CLOSE.startswith(tag):
-            self.position, self.state = self._end, "broken"
-        elif final:  # only the closing tag is missing, or a part of it
-            self.position, self.state = len(text), "complete"
+            if CLOSE.startswith(text[self.position :]):
+                self.position = len(text)
 
-    def _look(self, character: str) -> None:
-        if self._depth == 0 and character not in "{" + _SPACE:
+    def take(self, text: str) -> list[Part]:
+        """What may be told of a call that has begun, and has not been."""
+        if not self.begun:
+            return []
+        parts: list[Part] = []
+        if self._name is not None:
+            parts.append(CallBegin(self._name))
+            self._name = None
+        stop = self.position
+        if self._arguments_end is not None:
+            stop = self._arguments_end - (self.state != "complete")
+        if stop > self.taken:
+            parts.append(Arguments(text[self.taken : stop]))
+            self.taken = stop
+        return parts
+
+    def _look(self, text: str) -> None:
+        """At the next character of the object."""
+        character = text[self.position]
+        only_closes = self._arguments_end is not None
+        if (only_closes and character not in "}" + _SPACE) or not self._json.push(character):
             self.state = "broken"
             return
         self.position += 1
-        if self._quoted:
-            if self._escaped:
-                self._escaped = False
-            elif character == "\\":
-                self._escaped = True
-            elif character == '"':
-                self._quoted = False
-        elif character == '"':
-            self._quoted = True
-        elif character == "{":
-            self._depth += 1
-        elif character == "}":
-            self._depth -= 1
-            if self._depth == 0:
-                self._end = self.position
+        if self._json.depth == 2 and not self._nested:
+            self._nested = True
+            head = _HEAD.fullmatch(text, self._begin, self.position)
+            if head is not None and head[1] in self._names:
+                self.begun, self._name, self.taken = True, head[1], self.position - 1
+        elif self.begun and self._json.depth == 1 and not only_closes:
+            self._arguments_end = self.position
+        if self._json.done:
+            self._end = self.position
+
+    def _look_for_tag(self, text: str) -> None:
+        """Behind the object; where the next call begins, the closing tag was forgotten."""
+        while self.position < len(text) and text[self.position] in _SPACE:
+            self.position += 1
+        tag = text[self.position : self.position + len(CLOSE)]
+        if tag == CLOSE:
+            self.position += len(CLOSE)
+            self.state = "complete"
+        elif tag.startswith(OPEN):
+            self.state = "complete"
+        elif not CLOSE.startswith(tag) and not OPEN.startswith(tag):
+            self.state = "broken"
 
 
 def _tail(text: str) -> int:
@@ -168,7 +219,7 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
-def call_entry(call: ToolCall) -> dict[str, Any]:
-    """A call as OpenAI writes it, with a new id."""
-    function = {"name": call.name, "arguments": call.arguments}
+def begin_entry(name: str) -> dict[str, Any]:
+    """The beginning of a call as OpenAI writes it, with a new id."""
+    function = {"name": name, "arguments": ""}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
