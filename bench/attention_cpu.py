@@ -1,15 +1,15 @@
 """CPU attention against torch SDPA in both of its forms, and decode against reading the cache.
 
     python bench/attention_cpu.py [--pairs 5] [--threads 2] [--max-tflop 10]
-        [--prefill 8192 32768] [--decode 32768 131072]
+        [--prefill 8192 32768] [--decode 32768 131072] [--cold-mib 256]
 
 Both peers get contiguous keys; one is scaled_dot_product_attention with enable_gqa=True on the KV
 heads, the other has keys and values expanded to the query heads beforehand (the copy is not timed).
 Prefill reads pages in random order; decode reads them in the order of memory, as the engine gives
 them to a prompt, and in random order. The peer for decode's bandwidth is a sum over the very bytes
 of the two caches, from front to back. In decode both take the next of several equal caches at each
-call, together at least 256 MiB, as the layers of a model do: the bytes come from memory, not from
-the last call's L3. (SDPA always gets the same ones.) Rotary angles are 0, because SDPA rotates
+call, together at least --cold-mib, as the layers of a model do: the bytes come from memory, not
+from the last call's L3. (SDPA always gets the same ones.) Rotary angles are 0, because SDPA rotates
 nothing. Outputs are compared before anything is timed. Writes attention_prefill.json and
 attention_decode.json to bench/results/cpu, each if it has rows: either half can be run alone, with
 the other's list of lengths left empty. bench/cpu_peak.cpp measures the processor's peak, for
@@ -33,7 +33,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from qwen1m_ext import huge_pages, ops
 
 PAGE = 128
-COLD_BYTES = 256 << 20  # of caches that decode goes through before it meets the same one again
 # (query heads, KV heads, head_dim): the demo model's group, Qwen2.5-7B's.
 HEADS = [(4, 2, 64), (28, 4, 128)]
 
@@ -100,8 +99,12 @@ def make_case(
     heads: tuple[int, int, int],
     dtype: torch.dtype,
     in_order: bool = False,
+    cold_bytes: int = 0,
 ) -> Case:
-    """Random values; pages in the order of memory or in random order."""
+    """Random values; pages in the order of memory or in random order.
+
+    `cold_bytes`: of caches that decode goes through before it meets the same one again.
+    """
     q_heads, kv_heads, dim = heads
     generator = torch.Generator().manual_seed(1)
 
@@ -120,7 +123,7 @@ def make_case(
 
     q = random(q_tokens, q_heads, dim)
     rope_table = torch.tensor([1.0, 0.0]).expand(tokens, dim // 2, 2).contiguous()
-    copies = 1 if q_tokens > 1 else max(2, -(-COLD_BYTES // (k.nbytes + v.nbytes)))
+    copies = 1 if q_tokens > 1 else max(2, -(-cold_bytes // (k.nbytes + v.nbytes)))
     caches = [(pages(k), pages(v)) for _ in range(copies)]
     return Case(q, k, v, caches, block_table[None], torch.empty_like(q), rope_table)
 
@@ -184,6 +187,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 32768], help="tokens")
     parser.add_argument("--decode", type=int, nargs="*", default=[32768, 131072], help="tokens")
     parser.add_argument("--max-tflop", type=float, default=10, help="leave out longer prefills")
+    parser.add_argument("--cold-mib", type=int, default=256, help="of caches, in turn, in decode")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -199,7 +203,7 @@ def main() -> None:
     for heads in HEADS:
         for tokens in arguments.decode:
             for in_order in (True, False):
-                case = make_case(tokens, 1, heads, bf16, in_order)
+                case = make_case(tokens, 1, heads, bf16, in_order, arguments.cold_mib << 20)
                 rows += measure(case, 5 * arguments.pairs, "decode", bf16, in_order)
     for what in ("prefill", "decode"):
         if of_this := [row for row in rows if row["what"] == what]:

@@ -1,6 +1,7 @@
 """Short requests and a running answer while a long prompt is prefilled, under three policies.
 
-    python bench/fairness_cpu.py [--tokens 131072] [--shorts 8] [--max-itl-ms 250]
+    python bench/fairness_cpu.py [--tokens 131072] [--shorts 8] [--gap 1] [--answer 2000]
+        [--max-itl-ms 250]
 
 The same load in one process on the demo model: an answer that streams, a long prompt, and short
 requests that arrive during its prefill. "fair" caps steps by the cost model; "whole chunks" is

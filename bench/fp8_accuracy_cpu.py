@@ -1,6 +1,7 @@
 """What a cache in fp8 and fp8 weights cost in accuracy: facts found, KL divergence, on the CPU.
 
-    python bench/fp8_accuracy_cpu.py [--samples 20] [--length 8192] [--threads 2]
+    python bench/fp8_accuracy_cpu.py [--samples 20] [--length 8192] [--tokens 16384]
+        [--heads 7b 14b] [--random-tokens 1024] [--threads 2]
 
 The demo model: `samples` haystacks with a fact, each read with a bf16 cache, with an fp8 cache, and
 with fp8 weights as well; and the divergence of next-token distributions on held-out text. Random
@@ -29,7 +30,8 @@ from qwen1m_ext.accuracy import compare, read_text
 from qwen1m_ext.haystack import is_correct, make_sample
 from qwen1m_ext.quantize import quantize_checkpoint
 
-SHAPES = {"7b": (3584, 28, 4), "14b": (5120, 40, 8)}  # hidden size, query heads, KV heads
+# Hidden size, query heads, KV heads.
+SHAPES = {"7b": (3584, 28, 4), "14b": (5120, 40, 8), "small": (256, 2, 1)}
 HEAD_DIM = 128
 BIASED = {"": None, "key bias 300, slowest channel": 63, "key bias 300, fastest channel": 0}
 KINDS = ("bf16 cache", "fp8 cache", "fp8 weights", "fp8 cache and weights")
@@ -85,8 +87,8 @@ def demo(samples: int, length: int, tokens: int) -> list[dict[str, Any]]:
     return [{"model": "demo", **row} for row in rows]
 
 
-def random_model(size: str, bias: str) -> list[dict[str, Any]]:
-    """Two random layers with the heads of a published model, on 1,022 tokens of text."""
+def random_model(size: str, bias: str, tokens: int) -> list[dict[str, Any]]:
+    """Two random layers with the heads of a published model, on `tokens` bytes of text."""
     hidden, q_heads, kv_heads = SHAPES[size]
     print(f"random, heads of {size} {bias}", flush=True)
     config = model_config(
@@ -107,7 +109,7 @@ def random_model(size: str, bias: str) -> list[dict[str, Any]]:
                 tensors[name].view(kv_heads, HEAD_DIM)[:, channel] = 300.0
             write_weights(source, {name: t.bfloat16() for name, t in tensors.items()})
         models = engines(source, Path(folder), 513)
-        ids = models["bf16 cache"].get_tokenizer().encode(read_text(None)[:1024])
+        ids = models["bf16 cache"].get_tokenizer().encode(read_text(None)[:tokens])
         return [{"model": f"random {size}", "bias": bias, **r} for r in divergences(models, ids)]
 
 
@@ -117,13 +119,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=16_384, help="of the demo model's text")
+    parser.add_argument("--heads", nargs="*", choices=SHAPES, default=["7b", "14b"])
+    parser.add_argument(
+        "--random-tokens", type=int, default=1024, help="of the random models' text"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = demo(args.samples, args.length, args.tokens)
-    for size in SHAPES:
+    for size in args.heads:
         for bias in BIASED:
-            rows += random_model(size, bias)
+            rows += random_model(size, bias, args.random_tokens)
     print(write("cpu/fp8_accuracy", environment(), rows))
 
 

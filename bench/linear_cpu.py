@@ -1,6 +1,6 @@
 """Matrix products of linear.py against torch's own bf16 product, as this CPU and as an older one.
 
-    python bench/linear_cpu.py [--pairs 25] [--threads 1] [--size 2048]
+    python bench/linear_cpu.py [--pairs 25] [--threads 1] [--size 2048] [--cpus NAME ...]
 
 Three CPUs are measured, each in a process of its own: this one, and this one with torch held to
 AVX2 and to AVX-512 without bf16 instructions by ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA. Ours is
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--cpus", nargs="+", choices=CPUS, default=list(CPUS))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -70,11 +71,11 @@ def main() -> None:
         print(json.dumps(measure(args.size, args.pairs)))
         return
     rows = []
-    for cpu, variables in CPUS.items():
+    for cpu in args.cpus:
         run = subprocess.run(
             [sys.executable, __file__, "--child", "--pairs", str(args.pairs),
              "--threads", str(args.threads), "--size", str(args.size)],
-            env=os.environ | variables, stdout=subprocess.PIPE, text=True, check=True,
+            env=os.environ | CPUS[cpu], stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
         for row in json.loads(run.stdout.splitlines()[-1]):
             rows.append({"cpu": cpu, **row})

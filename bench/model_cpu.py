@@ -1,9 +1,9 @@
 """A whole model on the CPU against transformers: prefill and decode of a 135M-parameter shape.
 
     python bench/model_cpu.py [--pairs 5] [--long-pairs 3] [--lengths 4096 32768] [--minutes 60]
-        [--threads 2] [--resume]
+        [--layers 30] [--threads 2] [--resume]
 
-Random weights (30 layers, hidden 576, 9/3 heads x 64, intermediate 1536, vocabulary 49,152, bf16).
+Random weights (--layers, hidden 576, 9/3 heads x 64, intermediate 1536, vocabulary 49,152, bf16).
 The peer is transformers' Qwen2ForCausalLM in its best form: sdpa attention, logits of the last
 token only, its own KV cache for decode. Decode goes on from the caches of the last prefill pair;
 both are cut back to the prompt after each timing. Both are warmed up with a prompt of 512 tokens,
@@ -27,22 +27,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired import RESULTS, environment, seconds, summary, write
+from paired import RESULTS, computed, environment, seconds, summary, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from lib.checkpoints import model_config, write_checkpoint
 from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext.memory import peak_bytes
+from qwen1m_ext.request import RequestMetrics
 
 DECODE_STEPS = 16
 LONG_TOKENS = 16_384
 NAME = "cpu/model"
 
 
-def small_model(directory: Path) -> Path:
+def small_model(directory: Path, layers: int) -> Path:
     """A random checkpoint of the shape in the docstring."""
     config = model_config(
-        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=131_072,
         rope_theta=100_000.0, torch_dtype="bfloat16", dual_chunk_attention_config=None,
     )  # fmt: skip
@@ -62,14 +63,14 @@ class Ours:
         )
         self.session = self.llm.open_session()
 
-    def run(self, ids: list[int], new_tokens: int) -> None:
+    def run(self, ids: list[int], new_tokens: int) -> RequestMetrics:
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        for _ in self.llm.stream({"prompt_token_ids": ids}, params, session=self.session):
-            pass
+        *_, output = self.llm.stream({"prompt_token_ids": ids}, params, session=self.session)
+        return output.metrics
 
     def prefill(self, ids: list[int]) -> None:
         self.session.truncate(0)
-        self.run(ids, 1)
+        computed(self.run(ids, 1))
 
     def decode(self, ids: list[int]) -> None:
         self.run(ids, DECODE_STEPS)  # the prompt's last token, then DECODE_STEPS - 1 more
@@ -166,26 +167,27 @@ def main() -> None:
     parser.add_argument("--long-pairs", type=int, default=3, help="above 16k tokens")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32_768])
     parser.add_argument("--minutes", type=float, default=60, help="start no pair after this long")
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--resume", action="store_true", help="keep the pairs of the last run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    where, rows = environment("transformers"), []
+    where, rows = environment("transformers") | {"layers": args.layers}, []
     path = RESULTS / f"{NAME}.json"
     if args.resume and path.exists():
         before = json.loads(path.read_text())
-        for key in ("cpu", "threads", "build", "versions"):
-            if before["environment"][key] != where[key]:
+        for key in ("cpu", "threads", "build", "versions", "layers"):
+            if before["environment"].get(key) != where[key]:
                 raise SystemExit(
-                    f"--resume: {path} was measured with {key} {before['environment'][key]}, "
+                    f"--resume: {path} was measured with {key} {before['environment'].get(key)}, "
                     f"but this is {where[key]}"
                 )
         where, rows = before["environment"], before["rows"]
     run = Run(rows, args.minutes, where)
     with tempfile.TemporaryDirectory() as folder:
         run.say("writing and loading a random checkpoint")
-        directory = small_model(Path(folder))
+        directory = small_model(Path(folder), args.layers)
         ours = Ours(directory, max(args.lengths) + DECODE_STEPS)
         peer = Peer(directory)
         run.say("warming up")

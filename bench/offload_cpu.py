@@ -1,6 +1,6 @@
 """Copies beside computation: a cache whose layers wait in host memory, against one that does not.
 
-    python bench/offload_cpu.py [--prompt 8192] [--output 32] [--pairs 5]
+    python bench/offload_cpu.py [--prompt 8192] [--output 32] [--chunk 2048] [--pairs 5]
 
 The demo model in float32, with two layer slots and a copy thread; both engines answer the same
 prompts in turn, and their answers must be equal to the bit. A copy counts as hidden as far as the
@@ -17,7 +17,7 @@ from typing import Any
 
 import timeline
 import torch
-from paired import RESULTS, environment, summary, write
+from paired import RESULTS, computed, environment, summary, write
 
 from qwen1m_ext import SamplingParams, demo_model_path
 from qwen1m_ext.core import Span
@@ -34,6 +34,7 @@ def answer(engine: Engine, prompt: list[int], output: int) -> tuple[Any, float, 
     handle = engine.submit(prompt, params)
     result = handle.result()
     handle.wait()
+    computed(result.metrics)
     sample = result.outputs[0]
     prefill = result.metrics.prefill_seconds
     return (sample.token_ids, sample.logprobs), prefill, result.metrics.decode_seconds

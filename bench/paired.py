@@ -1,7 +1,8 @@
 """Fair pairs: two ways of doing one thing, timed in turn in one process, and the result as JSON.
 
 A B A B ... with the same threads; the ratio is taken pair by pair and its median reported, so that
-a machine whose speed drifts does not favour either side.
+a machine whose speed drifts does not favour either side. Results go to bench/results, or to the
+folder that the environment variable BENCH_RESULTS names.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from qwen1m_ext import _host
+from qwen1m_ext.request import RequestMetrics
+
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).resolve().parent / "results")
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -50,10 +54,21 @@ def summary(timed: Sequence[Sequence[float]]) -> dict[str, Any]:
     }
 
 
+def computed(metrics: RequestMetrics) -> None:
+    """Refuse the time of a prefill of which a cache has served a part.
+
+    Raises:
+        SystemExit: with both numbers.
+    """
+    if metrics.cached_tokens:
+        raise SystemExit(
+            f"{metrics.cached_tokens} of the prompt's {metrics.prompt_tokens} tokens came from a "
+            "cache: its time is not that of a prefill"
+        )
+
+
 def environment(*packages: str) -> dict[str, Any]:
     """What a figure needs beside it: machine, threads, versions, command, date."""
-    from qwen1m_ext import _host
-
     versions = {}
     for package in ("torch", "qwen1m_ext", *packages):
         try:
@@ -77,7 +92,7 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def write(name: str, environment: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Save bench/results/<name>.json; returns the path."""
+    """Save <name>.json among the results; returns the path."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")

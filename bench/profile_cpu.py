@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from paired import RESULTS, environment, write
+from paired import RESULTS, computed, environment, write
 
 from qwen1m_ext import LLM, SamplingParams, demo_model_path, model, ops
 from qwen1m_ext.memory import peak_bytes, resident_bytes
@@ -105,6 +105,7 @@ def main() -> None:
     resident = resident_bytes()
     stream = llm.stream({"prompt_token_ids": ids.tolist()}, params)
     metrics = next(stream).metrics
+    computed(metrics)
     prefill = watch.take(metrics.prefill_seconds)
     for output in stream:
         metrics = output.metrics

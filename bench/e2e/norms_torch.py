@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -83,6 +84,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=7)
     options = parser.parse_args()
+    if not torch.cuda.is_available() or not {"rms_norm", "swiglu"} <= set(ops.cuda_kernels()):
+        sys.exit("needs a GPU and a build with CUDA kernels (`qwen1m doctor` shows both)")
     compiled_norm, compiled_gated = (torch.compile(f, dynamic=False) for f in (add_norm, gated))
     rows = []
     for tokens in (1, 4096, 32768):
