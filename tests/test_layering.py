@@ -153,7 +153,7 @@ RANKS = [
         "device_sampler",
     },
     {"model", "sequence", "engine_messages"},
-    {"decode_step"},
+    {"decode_step", "drafts"},
     {
         "engine_child",
         "scoring",

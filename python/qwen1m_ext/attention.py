@@ -140,16 +140,18 @@ class Batch:
         logit_scale: Tensor,
         block_table: Tensor,
     ) -> Batch:
-        """One token of each of n sequences, described by tensors whose values may change.
+        """The t newest tokens of each of n sequences, described by tensors whose values may change.
 
-        On the device: positions, slots, kv_len: [n] int64; logit_scale: [n] float32; block_table:
-        [n, pages] int32. A row of kv_len 0 and slot -1 is nobody's.
+        On the device: positions, slots: [n t] int64; kv_len: [n] int64; logit_scale: [n] float32;
+        block_table: [n, pages] int32. A sequence of kv_len 0 and slots -1 is nobody's; where kv_len
+        is more than 0, it is at least t.
         """
         batch = Batch(rotary, cache, [])
-        n = len(positions)
-        batch._first, batch.positions, batch._slots = [n], positions, slots
+        rows, n = len(positions), len(kv_len)
+        batch._first, batch.positions, batch._slots = [rows], positions, slots
         none = positions[:0]
-        batch._every_row = _Call([(n, 1)], none, block_table, kv_len, logit_scale, none)
+        groups = [(n, rows // n)]
+        batch._every_row = _Call(groups, none, block_table, kv_len, logit_scale, none)
         return batch
 
     def __len__(self) -> int:

@@ -36,7 +36,6 @@ class Wanted:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     sparse: bool = False
-    speculative: bool = False
 
     @property
     def ops(self) -> list[str]:
@@ -102,8 +101,6 @@ def _not_on_cuda(wanted: Wanted) -> Iterator[str]:
         yield "the kernels read rows in vectors of 8, which hidden or intermediate size do not fill"
     if wanted.config.quantised and torch.cuda.get_device_capability() < (8, 9):
         yield "fp8 weights need a GPU with fp8 products (capability 8.9 or newer)"
-    if wanted.speculative:
-        yield "speculative decoding looks at tokens that are still on the GPU"
 
 
 def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:

@@ -36,7 +36,7 @@ from .choices import (
 from .config import load_config, load_generation_config
 from .core import Core, Span
 from .cost_model import ASSUMED_FLOPS, GPU_FLOPS, CostModel
-from .decode_step import DecodeStep
+from .decode_step import DecodeStep, most_rows
 from .device import Device, StreamDevice
 from .errors import ConfigError, ContextTooLong, MemoryBudgetError, RequestError
 from .events import EngineStats, OnEvent, OnProgress, RequestStatus
@@ -167,14 +167,13 @@ class Engine:
         )
         if speculative not in (None, "ngram"):
             raise ConfigError(f"speculative: expected ngram or None, got {speculative!r}")
-        self._speculative = speculative
+        self._speculative = speculative is not None
         check_options(kv_offload, device_kv_bytes)
         wanted = Wanted(
             self.config,
             self.dtype,
             self.kv_dtype,
             sparse=attention != "dense",
-            speculative=speculative is not None,
         )
         self.device = choose_device(device, wanted)
         on_gpu = isinstance(self.device, StreamDevice)
@@ -190,6 +189,7 @@ class Engine:
             gpu=on_gpu,
             num_sms=self.device.num_sms if isinstance(self.device, StreamDevice) else 0,
             cuda_graphs=cuda_graphs,
+            speculative=self._speculative,
             kv_offload=kv_offload is not None,
             device_kv_bytes=device_kv_bytes,
         )
@@ -255,8 +255,17 @@ class Engine:
         if isinstance(self.device, StreamDevice):
             stage, graphs = stage_bytes(shape, deployment), deployment.graphs(shape)
             with self.device.scope():
-                self.device.reserve(stage, max_num_seqs)
-                decodes = DecodeStep(self.model, self.rotary, self.cache, max_num_seqs, graphs)
+                self.device.reserve(
+                    stage, most_rows(max_num_seqs, self._speculative, self.step_tokens)
+                )
+                decodes = DecodeStep(
+                    self.model,
+                    self.rotary,
+                    self.cache,
+                    max_num_seqs,
+                    graphs,
+                    self._speculative,
+                )
         self._core = self._build_core(
             replace(limits, chunk_tokens=self.chunk_tokens),
             enable_prefix_caching,

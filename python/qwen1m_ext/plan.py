@@ -54,6 +54,7 @@ class Deployment:
     gpu: bool = False
     num_sms: int = 132  # multiprocessors of the GPU: those of an H200
     cuda_graphs: bool = True
+    speculative: bool = False  # guesses are checked, on a GPU in steps prepared for them
     kv_offload: bool = False  # layers of the cache wait in host memory
     device_kv_bytes: int | None = None  # with it: what the device may hold; None: the slots
 
@@ -112,6 +113,8 @@ def memory_plan(config: ModelConfig, deployment: Deployment) -> MemoryPlan:
             max_tokens=d.tokens,
             num_sms=d.num_sms,
             graphs=d.graphs(config),
+            speculative=d.speculative,
+            chunk_tokens=d.chunk + d.decode_rows,
         )
         items["step inputs"] = stage_bytes(config, d)
         items["runtime"] = RUNTIME_BYTES

@@ -7,11 +7,13 @@ decode piece may bring tokens for later steps too, which find them ready (`specu
 
 On a device with a queue a step has not run when `run` returns. Its tokens stay there for the next
 step (`device_sampler.py`), and whoever calls the result's `finish` waits for them and appends them.
-What the host has to look at (log probabilities, masks) it waits for within the step.
+What the host has to look at it waits for: for log probabilities and masks within the step, for the
+tokens that a guess is made from, or that a guess has brought, before the next one.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,18 +23,17 @@ import torch
 from torch import Tensor
 
 from .attention import Batch, Rotary, Segment
-from .decode_step import DecodeRow, DecodeStep
+from .decode_step import DRAFT_ROWS, DecodeRow, DecodeStep
 from .device import Event, StreamDevice
 from .device_sampler import DeviceSampler, Draw, Settings, waiting
+from .drafts import Drafter
 from .errors import BackendError
 from .events import Progress
 from .heartbeat import Pulse
 from .kv_cache import KVCache
-from .model import Qwen2Model, logits_rows
-from .ops import PAGE_SIZE
-from .sampler import Candidates, Sampler, not_a_number, rank_tokens
+from .model import Qwen2Model
+from .sampler import Candidates, not_a_number, rank_tokens
 from .sequence import Piece, Request, Sequence, Step
-from .weights import weight_bytes
 
 LAYERS_AHEAD = 2
 """Layers of a prefill that may be queued before they run: progress is no farther off."""
@@ -51,7 +52,23 @@ class StepResult:
     seconds: float | None = None  # None: not representative
     sampled: list[tuple[Sequence, int, Candidates | None]] = field(default_factory=list)
     representative: bool = True  # for the cost model: nothing was guessed or computed ahead
-    finish: Callable[[], None] | None = None  # waits for the rest; to be called once, on any thread
+    finish: Callable[[], None] | None = None  # waits for the rest; to be called once
+
+
+class _Unfinished:
+    """A step on a device. Its tokens are taken in once, by the first who calls, on any thread."""
+
+    def __init__(self, take: Callable[[], None], checks: bool) -> None:
+        self._take, self._lock = take, threading.Lock()
+        self.checks = checks  # guesses, so that nobody knows how many tokens come
+        self.done = False
+
+    def __call__(self) -> None:
+        """Wait for the tokens; behind the steps before this one."""
+        with self._lock:
+            if not self.done:
+                self._take()
+                self.done = True
 
 
 class ModelRunner:
@@ -80,13 +97,11 @@ class ModelRunner:
         self._temperature, self._prefill_work = temperature, prefill_work
         self.pulse = Pulse()  # beats after every layer
         self._device, self._decodes = cache.device, decodes
-        self._drawn: tuple[list[Piece], Tensor] = [], torch.empty(0)  # of the step at hand
+        self._drawn: tuple[list[Piece], Tensor, list[range]] = [], torch.empty(0), []
+        self._unfinished: deque[_Unfinished] = deque()
         self._finished = 0.0  # when the last step was known to be done
-        config = model.config
-        # from here on a step reads more bytes of the cache than of the weights
-        self._long = weight_bytes(config, model.dtype) // config.kv_bytes_per_token(
-            cache.k[0].dtype
-        )
+        draws = DRAFT_ROWS if decodes else 0
+        self._drafter = Drafter(model, cache.k[0].dtype, temperature, draws)
 
     def run(self, step: Step) -> StepResult:
         """Compute a step. Errors stop the requests that they hit; nothing is raised."""
@@ -97,66 +112,122 @@ class ModelRunner:
         for piece in pieces:
             if piece.sequence.request.started is None:
                 piece.sequence.request.started = start
+        result, computed = StepResult(step), frozenset(p.sequence for p in pieces)
         try:
             with torch.inference_mode(), self._device.scope():
-                result = (
-                    self._run(step, pieces)
-                    if self._decodes is None
-                    else self._queue(step, pieces, start, self._decodes)
-                )
-        except _Abandoned:
-            return StepResult(step)
+                self._catch_up(pieces)
+                work = self._take_ahead(pieces, result)
+                drafts = self._drafter.guesses(work)
+                result.representative = len(work) == len(pieces) == len(step.pieces) and not drafts
+                if self._decodes is not None:
+                    self._queue(work, drafts, result, start, self._decodes)
+                elif work:
+                    self._run(work, drafts, result)
+            result.done = computed
+        except _Abandoned:  # by those who had to be computed; others may have had a token ahead
+            result.done = computed - {piece.sequence for piece in work}
+            result.representative = False
+            if self._decodes is not None:
+                result.finish = _nothing
         except Exception as error:
             for piece in pieces:
                 piece.sequence.request.fail(error)
             self._check_device()
             return StepResult(step)
-        if result.finish is None and len(pieces) == len(step.pieces) and result.representative:
+        if result.finish is None and result.representative:
             result.seconds = time.perf_counter() - start
         return result
 
+    def _catch_up(self, pieces: list[Piece]) -> None:
+        """On a device: wait for earlier steps, if this one depends on what came of them."""
+        while self._unfinished and self._unfinished[0].done:
+            self._unfinished.popleft()
+        if any(step.checks for step in self._unfinished) or any(map(_looks_back, pieces)):
+            while self._unfinished:
+                self._unfinished[0]()
+                self._unfinished.popleft()
+
+    def _take_ahead(self, pieces: list[Piece], result: StepResult) -> list[Piece]:
+        """Emit what was sampled ahead; returns the pieces that have to be computed."""
+        work = []
+        for piece in pieces:
+            sequence = piece.sequence
+            speculator = sequence.speculator
+            if speculator and speculator.covers(sequence.preemptions):
+                self._emit(sequence, *speculator.ahead.popleft(), result)
+                continue
+            work.append(piece)
+            if speculator and sequence.sampler and sequence.sampler.on_device:
+                speculator.ahead.clear()  # of before a preemption: a draw there can be repeated
+        return work
+
     def _queue(
-        self, step: Step, pieces: list[Piece], start: float, decodes: DecodeStep
-    ) -> StepResult:
+        self,
+        work: list[Piece],
+        drafts: dict[Piece, list[int]],
+        result: StepResult,
+        start: float,
+        decodes: DecodeStep,
+    ) -> None:
         """Queue a step on a device; `finish` takes what it samples there."""
         device = self._device
         assert isinstance(device, StreamDevice)
-        result, sampled = StepResult(step, frozenset(p.sequence for p in pieces)), pieces
+        if not work:
+            result.finish = _nothing
+            return
+        sampled, ran = work, None
         with device.step():
-            if all(_decodes_on_device(piece) for piece in pieces):
-                rows = [
-                    DecodeRow(
-                        _token(piece),
-                        self._rotary.logit_scale(self._temperature(piece.sequence, piece.begin)),
-                        self._draw(piece, decodes.sampler),
-                    )
-                    for piece in pieces
-                ]
-                spans = [(p.sequence.cache, p.begin, p.end) for p in pieces if p.sequence.cache]
-                with self._cache.step(spans):
-                    drawn = decodes.run(rows)
+            if all(piece.decodes_on_device for piece in work):
+                ran = decodes.run(
+                    [self._decode_row(piece, drafts.get(piece, []), decodes) for piece in work]
+                )
+            if ran is None:
+                self._run(work, drafts, result)
+                sampled, drawn, own = self._drawn
             else:
-                result = self._run(step, pieces)
-                sampled, drawn = self._drawn
-            fetched = device.fetch(drawn[: len(sampled)])
+                drawn, own = ran
+            fetched = device.fetch(drawn)
 
-        def finish() -> None:
+        def take() -> None:
             try:
                 tokens = fetched()
             except Exception as error:
                 raise _broken(device, error) from error
             begin, self._finished = max(start, self._finished), time.perf_counter()
-            if len(pieces) == len(step.pieces):
+            if result.representative:
                 result.seconds = self._finished - begin
-            for piece, token in zip(sampled, tokens, strict=True):
-                self._first_token(piece.sequence.request)
-                if token < 0:
-                    piece.sequence.request.fail(not_a_number())
-                else:
-                    self._emit(piece.sequence, token, None, result)
+            for piece, rows in zip(sampled, own, strict=True):
+                chosen = [tokens[row] for row in rows]
+                self._take_drawn(piece, drafts.get(piece, []), chosen, result)
 
-        result.finish = finish
-        return result
+        checks = any(piece in drafts for piece in sampled)
+        result.finish = _Unfinished(take, checks)
+        self._unfinished.append(result.finish)
+
+    def _decode_row(self, piece: Piece, draft: list[int], decodes: DecodeStep) -> DecodeRow:
+        assert piece.sequence.cache is not None, "a planned sequence is open"
+        scales = [
+            self._rotary.logit_scale(self._temperature(piece.sequence, position))
+            for position in range(piece.begin, piece.end + len(draft))
+        ]
+        draws = self._draws(piece, draft, decodes.sampler)
+        return DecodeRow(piece.sequence.cache, _token(piece), draws, scales, draft)
+
+    def _take_drawn(
+        self, piece: Piece, draft: list[int], drawn: list[int], result: StepResult
+    ) -> None:
+        """Take in what the device has drawn after a piece and after each token of a guess."""
+        request = piece.sequence.request
+        self._first_token(request)
+        chosen: list[tuple[int, Candidates | None]] = []
+        for token, guess in zip(drawn, [*draft, None], strict=True):
+            if token < 0:
+                request.fail(not_a_number())
+                return
+            chosen.append((token, None))
+            if token != guess:
+                break
+        self._keep(piece.sequence, draft, chosen, result)
 
     def _check_device(self) -> None:
         """After an error: raises BackendError if it was a kernel's, which no request survives."""
@@ -167,28 +238,19 @@ class ModelRunner:
             except Exception as error:
                 raise _broken(self._device, error) from error
 
-    def _draw(self, piece: Piece, sampler: DeviceSampler) -> Draw:
-        """How the token after a piece is sampled on the device."""
+    def _draws(self, piece: Piece, draft: list[int], sampler: DeviceSampler) -> list[Draw]:
+        """How the tokens after a piece and its guess are sampled on the device."""
         sequence = piece.sequence
         assert sequence.cache is not None and sequence.sampler is not None
-        draw = Draw(sequence.cache.row, piece.end - 1, sequence.sampler)
-        sampler.admit(draw, sequence.preemptions, sequence.tokens, sequence.prompt_len)
-        return draw
+        draws = [
+            Draw(sequence.cache.row, piece.end - 1 + i, sequence.sampler, draft[:i], bool(draft))
+            for i in range(len(draft) + 1)
+        ]
+        sampler.admit(draws[0], sequence.preemptions, sequence.tokens, sequence.prompt_len)
+        return draws
 
-    def _run(self, step: Step, pieces: list[Piece]) -> StepResult:
-        result = StepResult(step, frozenset(piece.sequence for piece in pieces))
-        work = []
-        for piece in pieces:
-            sequence = piece.sequence
-            speculator = sequence.speculator
-            if speculator and speculator.covers(sequence.preemptions):
-                self._emit(sequence, *speculator.ahead.popleft(), result)
-            else:
-                work.append(piece)
-        drafts = self._drafts(work)
-        result.representative = len(work) == len(pieces) and not drafts
-        if not work:
-            return result
+    def _run(self, work: list[Piece], drafts: dict[Piece, list[int]], result: StepResult) -> None:
+        """Compute pieces of any kind, and guesses behind some of them."""
         # by length, for calls of the op for few rows; a stable order
         work.sort(key=lambda piece: len(drafts.get(piece, ())) if piece.decode else 1 << 30)
         segments = [s for piece in work for s in self._segments(piece, len(drafts.get(piece, ())))]
@@ -201,31 +263,29 @@ class ModelRunner:
             )
         samples: list[tuple[Piece, int]] = []  # and how many rows
         sampled_rows: list[int] = []
-        drawn_rows: list[int] = []  # of those that are sampled on the device
+        drawn: list[Piece] = []  # those that are sampled on the device
+        drawn_rows: list[int] = []
         row = 0
         for piece in work:
             count = _rows_of(piece, drafts)
-            if _is_scored(piece):
+            if piece.is_scored:
                 self._score(piece, hidden[row : row + count])
             row += count
-            if self._decodes and _sampled_on_device(piece):
-                drawn_rows.append(row - 1)
+            own = row - 1 - len(drafts.get(piece, ())), row
+            if self._decodes and piece.sampled_on_device:
+                drawn.append(piece)
+                drawn_rows.extend(range(*own))
             elif piece.sample:
-                own = 1 + len(drafts.get(piece, ()))
-                samples.append((piece, own))
-                sampled_rows.extend(range(row - own, row))
+                samples.append((piece, own[1] - own[0]))
+                sampled_rows.extend(range(*own))
         if self._decodes:
-            drawn = [piece for piece in work if _sampled_on_device(piece)]
-            self._drawn = (
-                drawn,
-                self._sample_on_device(self._decodes.sampler, hidden, drawn_rows, drawn),
-            )
+            sampler = self._decodes.sampler
+            self._drawn = self._sample_on_device(sampler, hidden, drawn_rows, drawn, drafts)
         if samples:
             logits = self._model.logits(hidden[self._device.put(torch.tensor(sampled_rows))])
             blocks = torch.split(logits.cpu(), [count for _, count in samples])
             for (piece, _), some in zip(samples, blocks, strict=True):
                 self._sample(piece, drafts.get(piece, []), some, result)
-        return result
 
     def _token_ids(self, work: list[Piece], drafts: dict[Piece, list[int]]) -> Tensor:
         """[rows] int64 on the device, those included that the host has not seen."""
@@ -244,18 +304,30 @@ class ModelRunner:
         return token_ids
 
     def _sample_on_device(
-        self, sampler: DeviceSampler, hidden: Tensor, rows: list[int], pieces: list[Piece]
-    ) -> Tensor:
-        """[n] the tokens after some pieces, from their rows of the final hidden states."""
-        put, n = self._device.put, len(rows)
-        if not n:
-            return hidden.new_empty(0, dtype=torch.int64)
-        draws = [self._draw(piece, sampler) for piece in pieces]
-        settings = Settings.of(draws, n, sampler.spare_row)
-        self._model.logits(hidden[put(torch.tensor(rows))], sampler.logits(n))
-        return sampler.sample(
-            Settings(put(settings.numbers), put(settings.shares), put(settings.penalties))
-        )
+        self,
+        sampler: DeviceSampler,
+        hidden: Tensor,
+        rows: list[int],
+        pieces: list[Piece],
+        drafts: dict[Piece, list[int]],
+    ) -> tuple[list[Piece], Tensor, list[range]]:
+        """The tokens after some pieces and guesses, from their rows of the final hidden states.
+
+        Returns:
+            The pieces, the tokens of all of them on the device, and which are each one's.
+        """
+        put = self._device.put
+        draws: list[Draw] = []
+        own = []
+        for piece in pieces:
+            mine = self._draws(piece, drafts.get(piece, []), sampler)
+            own.append(range(len(draws), len(draws) + len(mine)))
+            draws += mine
+        if not draws:
+            return pieces, hidden.new_empty(0, dtype=torch.int64), own
+        settings = Settings.of(draws, sampler.spare_row, max(map(len, own)) - 1)
+        self._model.logits(hidden[put(torch.tensor(rows))], sampler.logits(len(rows)))
+        return pieces, sampler.sample(Settings(*map(put, vars(settings).values()))), own
 
     def _on_layer(self, work: list[Piece]) -> Callable[[int, int], None] | None:
         """Progress, and with a queue: that it does not run ahead of what is reported."""
@@ -273,37 +345,6 @@ class ModelRunner:
             self._report(work, done / of)
 
         return report
-
-    def _drafts(self, work: list[Piece]) -> dict[Piece, list[int]]:
-        """Guesses to check in this step: as many as the workspace and the pages have room for."""
-        spare = self._model.workspace.chunk_tokens - sum(p.end - p.begin for p in work)
-        logits = logits_rows(self._model.config) - sum(p.sample for p in work)
-        drafts = {}
-        for piece in work:
-            sequence, cache = piece.sequence, piece.sequence.cache
-            speculator = sequence.speculator
-            if speculator is None or cache is None or speculator.ahead:
-                continue
-            # rows of different temperatures read the cache one by one: no gain where that is most
-            apart = self._temperature(sequence, piece.begin) != self._temperature(
-                sequence, piece.end
-            )
-            if apart and piece.end > self._long:
-                continue
-            ended = sequence.sampler is not None and sequence.sampler.stops_at(sequence.tokens[-1])
-            if ended or not (piece.decode and piece.sample):
-                continue
-            room = min(
-                spare,
-                logits,
-                len(cache.pages) * PAGE_SIZE - piece.end,
-                sequence.prompt_len + sequence.max_tokens - piece.end - 1,
-            )
-            draft = speculator.guess(sequence.tokens, max(0, room))
-            if draft:
-                drafts[piece] = draft
-                spare, logits = spare - len(draft), logits - len(draft)
-        return drafts
 
     def _segments(self, piece: Piece, drafted: int) -> list[Segment]:
         """A piece and the guess behind it, cut where the temperature changes."""
@@ -389,12 +430,23 @@ class ModelRunner:
                 chosen_token = torch.tensor([token])
                 candidates = rank_tokens(row[None], chosen_token, request.params.logprobs)[0]
             chosen.append((token, candidates))
-            if token != guess or sampler.stops_at(token):
+            if token != guess:
                 break
-        if speculator:
-            speculator.keep(sequence.preemptions, len(draft), chosen)
-            request.metrics.draft_tokens += len(draft)
-            request.metrics.accepted_tokens += len(chosen) - 1
+        self._keep(sequence, draft, chosen, result)
+
+    def _keep(
+        self,
+        sequence: Sequence,
+        draft: list[int],
+        chosen: list[tuple[int, Candidates | None]],
+        result: StepResult,
+    ) -> None:
+        """Emit the first of some tokens; the others are ahead. All but the last were guessed."""
+        if sequence.speculator:
+            metrics = sequence.request.metrics
+            sequence.speculator.keep(sequence.preemptions, len(draft), chosen)
+            metrics.draft_tokens += len(draft)
+            metrics.accepted_tokens += len(chosen) - 1
         self._emit(sequence, *chosen[0], result)
 
     def _first_token(self, request: Request) -> None:
@@ -418,15 +470,16 @@ def _broken(device: StreamDevice, error: Exception) -> BackendError:
     return BackendError(f"{device.name}: work on the device has failed: {error}")
 
 
-def _sampled_on_device(piece: Piece) -> bool:
-    """Whether the token after a piece need not come to the host before the next step."""
-    sampler: Sampler | None = piece.sequence.sampler
-    return piece.sample and sampler is not None and sampler.on_device
+def _nothing() -> None:
+    pass
 
 
-def _decodes_on_device(piece: Piece) -> bool:
-    """Whether a piece goes from token to token there."""
-    return piece.decode and _sampled_on_device(piece)
+def _looks_back(piece: Piece) -> bool:
+    """Whether a guess is wanted behind it, of a sample whose tokens come from a device."""
+    speculator = piece.sequence.speculator
+    if speculator is None or speculator.pauses or speculator.covers(piece.sequence.preemptions):
+        return False
+    return piece.decodes_on_device
 
 
 def _token(piece: Piece) -> int:
@@ -436,16 +489,9 @@ def _token(piece: Piece) -> int:
     return tokens[piece.begin] if piece.begin < len(tokens) else waiting(cache.row)
 
 
-def _is_scored(piece: Piece) -> bool:
-    """Whether somebody wants the hidden states of all its rows."""
-    sequence = piece.sequence
-    wanted = sequence.request.on_hidden is not None and sequence.is_leader
-    return wanted and piece.begin < sequence.prompt_len
-
-
 def _rows_of(piece: Piece, drafts: dict[Piece, list[int]]) -> int:
     """How many final hidden states of a piece and its guess are wanted: the last ones."""
-    if _is_scored(piece):
+    if piece.is_scored:
         return piece.end - piece.begin
     return int(piece.sample) + len(drafts.get(piece, ()))
 

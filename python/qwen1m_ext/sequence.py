@@ -216,6 +216,23 @@ class Piece:
         return self.end - self.begin == 1 and self.begin >= self.sequence.prompt_len
 
     @property
+    def sampled_on_device(self) -> bool:
+        """Whether the token after it need not come to the host, if logits are on a device."""
+        sampler = self.sequence.sampler
+        return self.sample and sampler is not None and sampler.on_device
+
+    @property
+    def decodes_on_device(self) -> bool:
+        """Whether it goes there from token to token."""
+        return self.decode and self.sampled_on_device
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether somebody wants the hidden states of all its rows."""
+        wanted = self.sequence.request.on_hidden is not None and self.sequence.is_leader
+        return wanted and self.begin < self.sequence.prompt_len
+
+    @property
     def work(self) -> Work:
         """For the cost model."""
         sparse = self.sequence.request.policy.sparse

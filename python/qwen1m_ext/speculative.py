@@ -45,6 +45,11 @@ class NgramSpeculator:
         self._wrong = 0  # guesses in a row whose first token was wrong
         self._pause = 0  # steps
 
+    @property
+    def pauses(self) -> bool:
+        """Whether the next guess is left out, whatever the tokens are."""
+        return self._pause > 0
+
     def covers(self, epoch: int) -> bool:
         """Whether the token that is due is computed, and the one after it sampled, already.
 

@@ -37,7 +37,7 @@ def single(request: pytest.FixtureRequest) -> tuple[Setup, list[Case], list[Answ
     return setup, cases, alone(setup, cases)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("speculation",)])
+@pytest.mark.parametrize("way", WAYS)
 def test_same_output(single: tuple[Setup, list[Case], list[Answer]], way: str) -> None:
     """float32: every token is the CPU's. In a session the host has to see log probabilities."""
     setup, cases, want = single

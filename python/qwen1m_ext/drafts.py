@@ -1,0 +1,78 @@
+"""Which guesses a step checks: as many as rows, pages and memory have room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+
+import torch
+
+from .model import Qwen2Model, logits_rows
+from .ops import PAGE_SIZE
+from .sequence import Piece
+from .sequence import Sequence as Sample
+from .weights import weight_bytes
+
+
+class Drafter:
+    """Asks the speculators of a step's samples, see `speculative.py`."""
+
+    def __init__(
+        self,
+        model: Qwen2Model,
+        kv_dtype: torch.dtype,
+        temperature: Callable[[Sample, int], float],
+        draws: int,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: weights and workspace.
+            kv_dtype: of the cache.
+            temperature: s of a sequence at a position.
+            draws: most guessed tokens of a step whose logits stay on a device.
+        """
+        self._temperature, self._draws = temperature, draws
+        self._rows, self._logits = model.workspace.chunk_tokens, logits_rows(model.config)
+        # from here on a step reads more bytes of the cache than of the weights
+        self._long = weight_bytes(model.config, model.dtype) // model.config.kv_bytes_per_token(
+            kv_dtype
+        )
+
+    def guesses(self, work: Sequence[Piece]) -> dict[Piece, list[int]]:
+        """What is guessed behind the pieces of a step, if anything is."""
+        spare = self._rows - sum(p.end - p.begin for p in work)
+        logits = self._logits - sum(p.sample for p in work)
+        draws = self._draws
+        drafts = {}
+        for piece in work:
+            sequence, cache, sampler = piece.sequence, piece.sequence.cache, piece.sequence.sampler
+            speculator = sequence.speculator
+            if speculator is None or cache is None or sampler is None or speculator.ahead:
+                continue
+            # rows of different temperatures read the cache one by one: no gain where that is most
+            apart = self._temperature(sequence, piece.begin) != self._temperature(
+                sequence, piece.end
+            )
+            if apart and piece.end > self._long:
+                continue
+            if not (piece.decode and piece.sample) or sampler.stops_at(sequence.tokens[-1]):
+                continue
+            on_device = self._draws > 0 and piece.sampled_on_device
+            room = min(
+                spare,
+                draws if on_device else logits,
+                len(cache.pages) * PAGE_SIZE - piece.end,
+                sequence.prompt_len + sequence.max_tokens - piece.end - 1,
+            )
+            guess = speculator.guess(sequence.tokens, max(0, room))
+            # behind a token that may be the end nothing is drawn
+            draft = list(takewhile(lambda token: not sampler.stops_at(token), guess))  # noqa: B023
+            if draft:
+                drafts[piece] = draft
+                spare -= len(draft)
+                if on_device:
+                    draws -= len(draft)
+                else:
+                    logits -= len(draft)
+        return drafts
