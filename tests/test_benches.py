@@ -55,6 +55,7 @@ RUNS: dict[str, list[tuple[str, list[str]]]] = {
 }
 HELPERS = {"paired", "timeline"}  # what the scripts share
 GPU_SCRIPTS = sorted(path.stem for path in (BENCH / "e2e").glob("*.py"))
+GPU_PROGRAMS = sorted(path.stem for path in (BENCH / "kernels").glob("*.cu"))
 ENVIRONMENT = {"build", "command", "cores", "cpu", "date", "threads", "versions"}
 
 
@@ -127,7 +128,7 @@ def test_no_bench_is_forgotten() -> None:
     for script in GPU_SCRIPTS:
         assert f"{script}.py" in stages, script
     cmake = (ROOT / "CMakeLists.txt").read_text()
-    for program in (path.stem for path in (BENCH / "kernels").glob("*.cu")):
+    for program in GPU_PROGRAMS:
         assert f"q1m_cuda_program({program} " in cmake and f'program("{program}"' in re.sub(
             r"\(\s+", "(", stages
         ), program
@@ -172,4 +173,25 @@ def test_a_gpu_bench_says_what_it_takes_and_what_it_needs(
     written = tmp_path / "results.json"
     message = ended("--json", str(written))
     assert isinstance(message, str) and message.startswith("needs a GPU"), message
+    assert not written.exists()
+
+
+@pytest.mark.parametrize("program", GPU_PROGRAMS)
+def test_a_gpu_program_says_what_it_takes_and_what_it_needs(program: str, tmp_path: Path) -> None:
+    built = Path(os.environ.get("QWEN1M_BUILD_DIR") or ROOT / "build" / "release") / program
+    if not built.is_file():
+        pytest.skip(f"{program} is not built (make test builds it where there is nvcc)")
+    written = tmp_path / "results.json"
+    for arguments, words in [
+        ("--nonsense 1", ["--json", "--ceiling", "--runs", "--nonsense"]),
+        ("--json", ["--json"]),
+        ("--runs many", ["--runs", "many"]),
+        (f"--json {written}", ["needs a GPU"]),
+    ]:
+        done = subprocess.run(
+            [str(built), *arguments.split()], capture_output=True, text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, (arguments, done)
+        assert all(word in done.stderr for word in words), (arguments, done.stderr)
     assert not written.exists()

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -123,6 +124,16 @@ struct Options {
   int runs = 20;
 };
 
+inline double parse_number(const std::string& name, const std::string& value) {
+  try {
+    size_t end = 0;
+    const double number = std::stod(value, &end);
+    if (end == value.size()) return number;
+  } catch (const std::logic_error&) {  // no number, or none that a double holds
+  }
+  throw Error("options: expected a number for " + name + ", got " + value);
+}
+
 inline Options parse_options(int argc, char** argv) {
   Options options;
   for (int i = 1; i + 1 < argc; i += 2) {
@@ -130,11 +141,11 @@ inline Options parse_options(int argc, char** argv) {
     if (name == "--json") {
       options.json = value;
     } else if (name == "--ceiling") {
-      options.ceiling_tflops = std::stod(value);
+      options.ceiling_tflops = parse_number(name, value);
     } else if (name == "--runs") {
-      options.runs = std::max(1, std::stoi(value));
+      options.runs = static_cast<int>(std::clamp(parse_number(name, value), 1.0, 1e6));
     } else {
-      throw Error("options: expected --json, --ceiling or --runs, got " + name);
+      throw Error("options: expected --json FILE, --ceiling TFLOPS or --runs N, got " + name);
     }
   }
   if (argc % 2 == 0) throw Error(std::string("options: no value for ") + argv[argc - 1]);
@@ -145,6 +156,10 @@ inline Options parse_options(int argc, char** argv) {
 class Report {
  public:
   explicit Report(const Options& options) : options_(options) {
+    int devices = 0;
+    if (const cudaError_t error = cudaGetDeviceCount(&devices); error != cudaSuccess) {
+      throw Error(std::string("needs a GPU: ") + cudaGetErrorString(error));
+    }
     cudaDeviceProp properties;
     int device = 0;
     Q1M_CUDA_CHECK(cudaGetDevice(&device));
