@@ -65,7 +65,10 @@ class Drafter:
                 len(cache.pages) * PAGE_SIZE - piece.end,
                 sequence.prompt_len + sequence.max_tokens - piece.end - 1,
             )
+            paused = speculator.pauses
             guess = speculator.guess(sequence.tokens, max(0, room))
+            if on_device and not paused:  # its tokens have been waited for
+                speculator.look_seldom(found=bool(guess))
             # behind a token that may be the end nothing is drawn
             draft = list(takewhile(lambda token: not sampler.stops_at(token), guess))  # noqa: B023
             if draft:

@@ -32,6 +32,9 @@ MIN_MATCH, MAX_MATCH = 2, 8
 MAX_PAUSE = 32
 """Most steps without a guess, after guesses that were wrong at once."""
 
+MAX_REST = 7
+"""Most steps without a look, after looks that found nothing, where a look has a price."""
+
 
 class NgramSpeculator:
     """The guesses of one sample, and what was sampled ahead of the scheduler."""
@@ -44,6 +47,7 @@ class NgramSpeculator:
         self._length = 4  # of the next guess
         self._wrong = 0  # guesses in a row whose first token was wrong
         self._pause = 0  # steps
+        self._found_nothing = 0  # looks in a row
 
     @property
     def pauses(self) -> bool:
@@ -88,6 +92,12 @@ class NgramSpeculator:
         while len(draft) < count:  # the end repeats itself: go on repeating
             draft.append(draft[len(draft) - (len(seen) - start)])
         return draft
+
+    def look_seldom(self, found: bool) -> None:
+        """After a look that something waited for: looks that find nothing become rare."""
+        self._found_nothing = 0 if found else self._found_nothing + 1
+        if self._found_nothing:
+            self._pause = min(MAX_REST, 1 << (self._found_nothing - 1))
 
     def keep(self, epoch: int, drafted: int, chosen: list[tuple[int, Candidates | None]]) -> None:
         """Take in a check.

@@ -323,6 +323,22 @@ def test_a_step_waits_only_for_a_guess(
     assert [token for r in results for _, token, _ in r.sampled] == answer[:5]
 
 
+def test_looks_that_find_nothing_become_rare(checkpoint: Path) -> None:
+    """Each has to wait for the step before."""
+    llm = LLM(checkpoint, device=RecordingDevice(), speculative="ngram", **OPTIONS)
+    ids = list(range(40))  # nothing comes twice
+    [sequence], step = steps_of(llm, [ids], GREEDY)
+    results, looks = [step()], []
+    while len(results) < 25 and not sequence.request.metrics.draft_tokens:
+        results.append(step())
+        results[-3 if len(results) > 2 else 0].finish()  # two steps are under way
+        if len(sequence.tokens) == len(ids) + len(results) - 1:
+            looks.append(len(results))
+    assert looks[:4] == [2, 4, 7, 12]
+    for result in results:
+        result.finish()
+
+
 @pytest.mark.parametrize("queue", [False, True], ids=["cpu", "queue"])
 def test_a_step_that_nobody_waits_for_still_says_what_was_ahead(
     checkpoint: Path, queue: bool
