@@ -151,6 +151,10 @@ def command_of(stage: str) -> list[str] | str:
             sys.executable, str(ROOT / "bench" / "e2e" / "offload_gpu.py"),
             "--json", str(OUT / "offload.json"),
         ],
+        "bench-speculative": [
+            sys.executable, str(ROOT / "bench" / "e2e" / "speculative_gpu.py"),
+            "--json", str(OUT / "speculative.json"),
+        ],
         "bench-model": [
             sys.executable, str(ROOT / "bench" / "e2e" / "model_gpu.py"),
             "--json", str(OUT / "model.json"), "--models", "7b", "14b", "--seconds", "700",
@@ -167,7 +171,7 @@ STAGES = (
     "device", "configure", "build", "package", "doctor", "stream", "conformance", "ops", "ops-sm80",
     "model", "kernels", "memcheck", "racecheck", "synccheck", "bench-tma", "bench-fused",
     "bench-norms", "bench-decode", "bench-decode-sdpa", "bench-sdpa", "bench-kernel",
-    "bench-sparse", "bench-offload", "bench-model",
+    "bench-sparse", "bench-offload", "bench-speculative", "bench-model",
 )  # fmt: skip
 
 

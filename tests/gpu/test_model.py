@@ -21,6 +21,7 @@ from qwen1m_ext.engine import Engine
 from qwen1m_ext.haystack import make_sample
 from qwen1m_ext.sampler import Sampler
 from qwen1m_ext.sparse_config import SparseSettings
+from qwen1m_ext.speculative import NgramSpeculator
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +110,14 @@ class OnGpu(Setup):
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_same_output_in_every_way(gpu: str, attention: str) -> None:
-    """Batching, preemption, reuse, resuming: tokens part at near ties only."""
+    """Batching, preemption, reuse, resuming, guessing: tokens part at near ties only."""
     settings = SparseSettings(positions="real", window_tokens=1024)
     options = {"attention": attention, "sparse_settings": settings}
     setup = OnGpu(Path(demo_model_path()), options, small_chunk=1024)
     cases = make_cases([1400, 5000], max_tokens=32)
     want = alone(setup, cases)
     unseen = [replace(case, noted=False) for case in cases]  # tokens that need not leave the GPU
-    for way in ("batching", "preemption", "prefix reuse", "resume after cancel"):
+    for way in ("batching", "preemption", "prefix reuse", "resume after cancel", "speculation"):
         report = compare(*WAYS[way](setup, unseen, want))
         assert not report.beyond, (way, report.beyond)
     report = compare(*WAYS["session reload by another engine"](setup, cases, want))
@@ -135,16 +136,19 @@ def test_layers_in_host_memory(gpu: str, demo: dict[str, LLM], attention: Any) -
             assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)
 
 
-@pytest.mark.parametrize("kv_offload", [None, "host"])
-def test_a_decode_step_waits_for_nothing(gpu: str, kv_offload: Any) -> None:
-    """Torch raises at every hidden synchronisation while steps are queued."""
-    engine = LLM(
-        demo_model_path(), device="cuda", max_model_len=600, attention="dense",
-        kv_offload=kv_offload,
-    ).engine  # fmt: skip
-    ids, params = list(range(30, 130)), SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+@pytest.mark.parametrize("more", [{}, {"kv_offload": "host"}, {"speculative": "ngram"}], ids=str)
+def test_a_decode_step_waits_for_nothing(gpu: str, more: dict[str, Any]) -> None:
+    """Torch raises at every hidden synchronisation while steps are queued, checks among them."""
+    options: dict[str, Any] = {"max_model_len": 600, "attention": "dense", **more}
+    engine = LLM(demo_model_path(), device="cuda", **options).engine
+    ids, params = (
+        10 * [*range(30, 40)],
+        SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
+    )
     core, request = engine._core, engine._request(ids, params)
     request.samples[0].sampler = Sampler(params, ids)
+    if more.get("speculative"):
+        request.samples[0].speculator = NgramSpeculator()
     core.scheduler.add(request)
     results = []
     for i in range(3):
