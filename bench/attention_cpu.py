@@ -65,12 +65,13 @@ class Case:
         common = (*next(self._next), self.block_table)
         lengths = torch.tensor([self.tokens])
         scale = torch.tensor([1 / math.sqrt(self.q.shape[2])])
-        positions = (scale, self.rope_table, ops.INFINITE_CHUNK, 0)
+        positions = (self.rope_table, ops.INFINITE_CHUNK, 0)
         if len(self.q) == 1:
-            ops.decode_attention(self.out[None], None, self.q[None], *common, lengths, *positions)
+            out, q = self.out[None], self.q[None]
+            ops.decode_attention(out, None, q, *common, lengths, scale[None], *positions)
         else:
             cu_q = torch.tensor([0, len(self.q)])
-            ops.prefill_attention(self.out, None, self.q, *common, cu_q, lengths, *positions)
+            ops.prefill_attention(self.out, None, self.q, *common, cu_q, lengths, scale, *positions)
         return self.out
 
     def sdpa(self, expanded: bool) -> Callable[[], Tensor]:

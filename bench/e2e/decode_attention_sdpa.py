@@ -84,7 +84,7 @@ def our_call(
     arguments = (
         out, None, q_rows, k_cache, v_cache, block_table,
         torch.tensor([tokens], device=q.device),
-        torch.tensor([1 / math.sqrt(DIM)], device=q.device), rope, ops.INFINITE_CHUNK, 0,
+        torch.tensor([[1 / math.sqrt(DIM)]], device=q.device), rope, ops.INFINITE_CHUNK, 0,
         ops.decode_attention_scratch(q_rows, k_cache, block_table, ops.INFINITE_CHUNK, 0), *scales,
     )  # fmt: skip
     return lambda: ops.decode_attention(*arguments), out

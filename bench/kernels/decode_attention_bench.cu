@@ -55,8 +55,8 @@ void measure(const Case& c, const Options& options, double copy, Report& report)
   const Buffer<int32_t> block_table(pages);
   const Buffer<float> rope_table(no_rotation);
   const Buffer<int64_t> kv_len(std::vector<int64_t>(static_cast<size_t>(c.batch), c.tokens));
-  const Buffer<float> logit_scale(
-      std::vector<float>(static_cast<size_t>(c.batch), c.head_dim == 64 ? 0.125f : 0.088388348f));
+  const Buffer<float> logit_scale(std::vector<float>(static_cast<size_t>(c.batch * c.q_tokens),
+                                                     c.head_dim == 64 ? 0.125f : 0.088388348f));
   const int64_t scratch_bytes =
       decode_attention_scratch_bytes({.batch = c.batch,
                                       .q_tokens = c.q_tokens,
@@ -84,7 +84,7 @@ void measure(const Case& c, const Options& options, double copy, Report& report)
   p.v_cache.data = v.data();
   p.block_table = {block_table.data(), {c.batch, pages_each}, {pages_each, 1}};
   p.kv_len = {kv_len.data(), {c.batch}, {1}};
-  p.logit_scale = {logit_scale.data(), {c.batch}, {1}};
+  p.logit_scale = {logit_scale.data(), {c.batch, c.q_tokens}, {c.q_tokens, 1}};
   p.rope_table = {rope_table.data(), {table_rows, c.head_dim / 2, 2}, {c.head_dim, 2, 1}};
   p.dual_chunk = chunks;
   p.scratch = {scratch.data(), {scratch_bytes}, {1}};

@@ -17,20 +17,21 @@ DecodeAttentionParams params_of(const TensorMatch& match, const Tensor& out,
                                 const Tensor& rope_table, int64_t chunk_size, int64_t local_size,
                                 const OptionalTensor& scratch, const OptionalTensor& k_scale,
                                 const OptionalTensor& v_scale) {
-  return {.out = match.floats<4>(out, "out", "[batch, q_tokens, q_heads, D]"),
-          .lse = match.typed<float, 3>(lse, "lse", "[batch, q_tokens, q_heads]"),
-          .q = match.floats<4>(q, "q", "[batch, q_tokens, q_heads, D]"),
-          .k_cache = match.cache<4>(k_cache, "k_cache", "[pages, kv_heads, 128, D]"),
-          .v_cache = match.cache<4>(v_cache, "v_cache", "[pages, kv_heads, 128, D]"),
-          .block_table =
-              match.typed<const int32_t, 2>(block_table, "block_table", "[batch, max_pages]"),
-          .kv_len = match.typed<const int64_t, 1>(kv_len, "kv_len", "[batch]"),
-          .logit_scale = match.typed<const float, 1>(logit_scale, "logit_scale", "[batch]"),
-          .rope_table = match.typed<const float, 3>(rope_table, "rope_table", "[rows, D/2, 2]"),
-          .dual_chunk = {.chunk_size = chunk_size, .local_size = local_size},
-          .scratch = match.typed<uint8_t, 1>(scratch, "scratch", "[bytes]"),
-          .k_scale = match.typed<const float, 1>(k_scale, "k_scale", "[kv_heads]"),
-          .v_scale = match.typed<const float, 1>(v_scale, "v_scale", "[kv_heads]")};
+  return {
+      .out = match.floats<4>(out, "out", "[batch, q_tokens, q_heads, D]"),
+      .lse = match.typed<float, 3>(lse, "lse", "[batch, q_tokens, q_heads]"),
+      .q = match.floats<4>(q, "q", "[batch, q_tokens, q_heads, D]"),
+      .k_cache = match.cache<4>(k_cache, "k_cache", "[pages, kv_heads, 128, D]"),
+      .v_cache = match.cache<4>(v_cache, "v_cache", "[pages, kv_heads, 128, D]"),
+      .block_table =
+          match.typed<const int32_t, 2>(block_table, "block_table", "[batch, max_pages]"),
+      .kv_len = match.typed<const int64_t, 1>(kv_len, "kv_len", "[batch]"),
+      .logit_scale = match.typed<const float, 2>(logit_scale, "logit_scale", "[batch, q_tokens]"),
+      .rope_table = match.typed<const float, 3>(rope_table, "rope_table", "[rows, D/2, 2]"),
+      .dual_chunk = {.chunk_size = chunk_size, .local_size = local_size},
+      .scratch = match.typed<uint8_t, 1>(scratch, "scratch", "[bytes]"),
+      .k_scale = match.typed<const float, 1>(k_scale, "k_scale", "[kv_heads]"),
+      .v_scale = match.typed<const float, 1>(v_scale, "v_scale", "[kv_heads]")};
 }
 
 }  // namespace

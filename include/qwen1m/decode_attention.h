@@ -8,10 +8,11 @@
 namespace qwen1m {
 
 /// Attention of the few newest tokens of each sequence over its whole paged KV cache: the
-/// definition of prefill_attention.h with q_tokens query rows for every sequence, the work split
-/// over the keys and the partial results merged in fp32. A sequence with kv_len == 0 gives out = 0
-/// and lse = -inf. The split depends on kv_len alone (on a GPU also on the machine and the number
-/// of KV heads), never on the number of threads or on the other sequences.
+/// definition of prefill_attention.h with q_tokens query rows for every sequence and a logit_scale
+/// for each row, the work split over the keys and the partial results merged in fp32. A sequence
+/// with kv_len == 0 gives out = 0 and lse = -inf. The split depends on kv_len alone (on a GPU also
+/// on q_tokens, the machine and the number of KV heads), never on the number of threads or on the
+/// other sequences.
 struct DecodeAttentionParams {
   AnyView<4> out;  // [batch, q_tokens, q_heads, D] written; fp32 or bf16; last dim contiguous
   TensorView<float, 3> lse;  // [batch, q_tokens, q_heads], natural log; data may be null
@@ -21,7 +22,8 @@ struct DecodeAttentionParams {
   AnyView<4> v_cache;        // as k_cache
   TensorView<const int32_t, 2> block_table;  // [batch, max_pages]; entries past kv_len are not read
   TensorView<const int64_t, 1> kv_len;       // [batch], tokens, the query tokens included
-  TensorView<const float, 1> logit_scale;    // [batch], usually s(n)^2 / sqrt(D); > 0
+  TensorView<const float, 2> logit_scale;    // [batch, q_tokens], usually s(n)^2 / sqrt(D) of each
+                                             // row's own n; > 0
   TensorView<const float, 3> rope_table;     // [rows, D/2, 2] (cos, sin), contiguous
   DualChunk dual_chunk;
   TensorView<uint8_t, 1>

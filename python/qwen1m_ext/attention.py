@@ -69,14 +69,20 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive new tokens [begin, end) of one sequence, computed under one temperature s."""
+    """Consecutive new tokens [begin, end) of one sequence."""
 
     sequence: SequenceCache
     begin: int
     end: int
-    temperature: float
+    temperature: float  # s of all of them, or of the first
     sparse: SparsePrefill | None = None  # None: dense
-    few: bool = False  # it goes through the op for few rows, though it has more than one
+    few: tuple[float, ...] = ()  # s of each, if they go through the op for few rows
+
+    def temperatures(self, begin: int, end: int) -> tuple[float, ...]:
+        """Those of the tokens [begin, end), one each."""
+        return self.few[begin - self.begin : end - self.begin] or (self.temperature,) * (
+            end - begin
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class _Call:
     cu_q: Tensor  # [runs + 1] int64, of the rows after those
     block_table: Tensor  # [all runs, pages] int32
     kv_len: Tensor  # [all runs] int64
-    logit_scale: Tensor  # [all runs] float32
+    logit_scale: Tensor  # float32: of each of the few rows, then of each run of many
     pages: Tensor  # int64: those that the runs of many rows read
 
 
@@ -142,7 +148,7 @@ class Batch:
     ) -> Batch:
         """The t newest tokens of each of n sequences, described by tensors whose values may change.
 
-        On the device: positions, slots: [n t] int64; kv_len: [n] int64; logit_scale: [n] float32;
+        On the device: positions, slots: [n t] int64; logit_scale: [n t] float32; kv_len: [n] int64;
         block_table: [n, pages] int32. A sequence of kv_len 0 and slots -1 is nobody's; where kv_len
         is more than 0, it is at least t.
         """
@@ -241,18 +247,21 @@ class Batch:
 
     def _call(self, runs: list[tuple[int, int, int]]) -> _Call:
         groups: list[tuple[int, int]] = []
+        temperatures: list[float] = []
         few = 0  # leading runs
         for segment, begin, end in runs:
             if end - begin > 1 and not self._segments[segment].few:
                 break
             count, rows = groups.pop() if groups and groups[-1][1] == end - begin else (0, 0)
             groups.append((count + 1, rows or end - begin))
+            temperatures += self._segments[segment].temperatures(begin, end)
             few += 1
+        temperatures += [self._segments[i].temperature for i, _, _ in runs[few:]]
         lengths = [0] + [end - begin for _, begin, end in runs[few:]]
         kv_len = torch.tensor([end for _, _, end in runs], dtype=torch.int64)
         pages = pages_for(max((end for _, _, end in runs), default=0))
         table_rows = torch.tensor([self._segments[i].sequence.row for i, _, _ in runs])
-        scales = [self._rotary.logit_scale(self._segments[i].temperature) for i, _, _ in runs]
+        scales = [self._rotary.logit_scale(s) for s in temperatures]
         block_table = self._cache.block_table[:, :pages].index_select(0, table_rows.long())
         pages_read = _pages_of(block_table[few:], [end for _, _, end in runs[few:]])
         return _Call(
@@ -272,9 +281,10 @@ class Batch:
         for count, tokens in _calls(call.groups, cache.decode_rows):
             rows, runs = slice(row, row + count * tokens), slice(run, run + count)
             shape = (count, tokens, *q.shape[1:])
+            scale = call.logit_scale[rows].view(count, tokens)
             ops.decode_attention(
                 out[rows].view(shape), None, q[rows].view(shape), k, v,
-                call.block_table[runs], call.kv_len[runs], call.logit_scale[runs], *common,
+                call.block_table[runs], call.kv_len[runs], scale, *common,
                 cache.decode_scratch, *cache.scales(layer),
             )  # fmt: skip
             run, row = runs.stop, rows.stop
@@ -282,7 +292,7 @@ class Batch:
             k, v = cache.widened(layer, call.pages)
             ops.prefill_attention(
                 out[row:], None, q[row:], k, v, call.block_table[run:], call.cu_q,
-                call.kv_len[run:], call.logit_scale[run:], *common,
+                call.kv_len[run:], call.logit_scale[row:], *common,
             )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ class _Inputs:
             positions,
             slots,
             kv_len[: self.sequences],
-            self.factors[3].view(shape)[:, 0],
+            self.factors[3],
             self.block_table,
         )
         self.settings = Settings(
@@ -146,10 +146,7 @@ class _Inputs:
     def takes(self, rows: Sequence[DecodeRow]) -> bool:
         """Whether a step of these rows fits into this shape."""
         return len(rows) <= self.sequences and all(
-            len(row.draws) <= self.tokens <= row.end
-            # one scale for all rows of a sequence
-            and (self.tokens == 1 or len(set(row.logit_scales)) == 1)
-            for row in rows
+            len(row.draws) <= self.tokens <= row.end for row in rows
         )
 
     def fill(self, rows: Sequence[DecodeRow], cache: KVCache, sampler: DeviceSampler) -> None:

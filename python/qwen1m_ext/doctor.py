@@ -130,7 +130,7 @@ def _attention_errors(dtype: torch.dtype, tokens: int, where: torch.device) -> t
     )  # fmt: skip
     last = torch.empty(1, 1, heads, dim, dtype=dtype, device=where)
     ops.decode_attention(
-        last, None, q[None, -1:], k_cache, v_cache, block_table, kv_len, scale, rope,
+        last, None, q[None, -1:], k_cache, v_cache, block_table, kv_len, scale[None], rope,
         chunk_size, local_size,
     )  # fmt: skip
     want = _definition(qkv, table, heads, kv_heads, chunk_size, local_size)

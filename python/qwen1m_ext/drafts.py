@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
-
-import torch
 
 from .model import Qwen2Model, logits_rows
 from .ops import PAGE_SIZE
 from .sequence import Piece
-from .sequence import Sequence as Sample
-from .weights import weight_bytes
 
 
 class Drafter:
     """Asks the speculators of a step's samples, see `speculative.py`."""
 
-    def __init__(
-        self,
-        model: Qwen2Model,
-        kv_dtype: torch.dtype,
-        temperature: Callable[[Sample, int], float],
-        draws: int,
-    ) -> None:
+    def __init__(self, model: Qwen2Model, draws: int) -> None:
         """Prepare.
 
         Args:
             model: weights and workspace.
-            kv_dtype: of the cache.
-            temperature: s of a sequence at a position.
             draws: most guessed tokens of a step whose logits stay on a device.
         """
-        self._temperature, self._draws = temperature, draws
+        self._draws = draws
         self._rows, self._logits = model.workspace.chunk_tokens, logits_rows(model.config)
-        # from here on a step reads more bytes of the cache than of the weights
-        self._long = weight_bytes(model.config, model.dtype) // model.config.kv_bytes_per_token(
-            kv_dtype
-        )
 
     def guesses(self, work: Sequence[Piece]) -> dict[Piece, list[int]]:
         """What is guessed behind the pieces of a step, if anything is."""
@@ -49,12 +33,6 @@ class Drafter:
             sequence, cache, sampler = piece.sequence, piece.sequence.cache, piece.sequence.sampler
             speculator = sequence.speculator
             if speculator is None or cache is None or sampler is None or speculator.ahead:
-                continue
-            # rows of different temperatures read the cache one by one: no gain where that is most
-            apart = self._temperature(sequence, piece.begin) != self._temperature(
-                sequence, piece.end
-            )
-            if apart and piece.end > self._long:
                 continue
             if not (piece.decode and piece.sample) or sampler.stops_at(sequence.tokens[-1]):
                 continue

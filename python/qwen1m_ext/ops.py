@@ -207,7 +207,8 @@ def decode_attention(
 ) -> None:
     """Attention of the newest tokens; q and out: [batch, q_tokens, q_heads, D], un-rotated q.
 
-    The other arguments are those of `prefill_attention`; lse: [batch, q_tokens, q_heads].
+    The other arguments are those of `prefill_attention`, but logit_scale: [batch, q_tokens], one
+    for each row; lse: [batch, q_tokens, q_heads].
     scratch: of `decode_attention_scratch`, for a GPU; made for this call if left out there.
     k_scale, v_scale: [kv_heads] float32 with caches in float8_e4m3fn: key = k_scale * e4m3.
     """

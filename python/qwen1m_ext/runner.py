@@ -100,8 +100,7 @@ class ModelRunner:
         self._drawn: tuple[list[Piece], Tensor, list[range]] = [], torch.empty(0), []
         self._unfinished: deque[_Unfinished] = deque()
         self._finished = 0.0  # when the last step was known to be done
-        draws = DRAFT_ROWS if decodes else 0
-        self._drafter = Drafter(model, cache.k[0].dtype, temperature, draws)
+        self._drafter = Drafter(model, DRAFT_ROWS if decodes else 0)
 
     def run(self, step: Step) -> StepResult:
         """Compute a step. Errors stop the requests that they hit; nothing is raised."""
@@ -347,22 +346,25 @@ class ModelRunner:
         return report
 
     def _segments(self, piece: Piece, drafted: int) -> list[Segment]:
-        """A piece and the guess behind it, cut where the temperature changes."""
+        """A piece, cut where the temperature changes; one with a guess behind it is not."""
         sequence, cache = piece.sequence, piece.sequence.cache
         assert cache is not None, "a planned sequence is open"
-        few = drafted > 0
+        if drafted:
+            end = piece.end + drafted
+            each = tuple(self._temperature(sequence, i) for i in range(piece.begin, end))
+            return [Segment(cache, piece.begin, end, each[0], few=each)]
         uniform = min(piece.end, max(piece.begin, sequence.prompt_len))
         segments = []
         if uniform > piece.begin:
             s = self._temperature(sequence, piece.begin)
             segments.append(Segment(cache, piece.begin, uniform, s, sequence.request.sparse))
         # output that is computed anew, or decode
-        for position in range(uniform, piece.end + drafted):
+        for position in range(uniform, piece.end):
             s = self._temperature(sequence, position)
             if segments and segments[-1].temperature == s and segments[-1].sparse is None:
-                segments[-1] = Segment(cache, segments[-1].begin, position + 1, s, few=few)
+                segments[-1] = Segment(cache, segments[-1].begin, position + 1, s)
             else:
-                segments.append(Segment(cache, position, position + 1, s, few=few))
+                segments.append(Segment(cache, position, position + 1, s))
         return segments
 
     def _report(self, pieces: list[Piece], share: float) -> None:

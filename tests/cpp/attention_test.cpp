@@ -44,7 +44,8 @@ struct Batch {
   Shape shape;
   DualChunk chunks;
   std::vector<T> q, k_cache, v_cache;
-  std::vector<float> rope_table, logit_scale;
+  std::vector<float> rope_table;
+  std::vector<float> logit_scale, row_scale;  // of each sequence; for decode, of each row
   std::vector<int32_t> block_table;
   std::vector<int64_t> cu_q{0}, kv_len;
   int64_t tokens = 0, max_pages = 1, pages = 1, rope_rows = 1;
@@ -60,6 +61,9 @@ struct Batch {
       rope_rows = std::max(rope_rows, chunks.table_rows(length));
       logit_scale.push_back(s.logit_factor * (1.0f + 0.1f * static_cast<float>(kv_len.size())) /
                             std::sqrt(static_cast<float>(s.head_dim)));
+      for (int64_t row = 0; row < rows; ++row) {
+        row_scale.push_back(logit_scale.back() * (1.0f + 0.15f * static_cast<float>(row)));
+      }
     }
     q = random_values<T>(tokens * s.q_heads * s.head_dim, seed, 2.0f);
     const std::vector<float> angles =
@@ -115,8 +119,9 @@ struct Batch {
     return result;
   }
 
-  /// The definition, in float64.
-  Output reference() const {
+  /// The definition, in float64. scale_of(sequence, row of q)
+  template <typename ScaleOf>
+  Output reference(const ScaleOf& scale_of) const {
     Output result;
     const int64_t len = chunks.chunk_len();
     for (size_t b = 0; b < kv_len.size(); ++b) {
@@ -138,7 +143,7 @@ struct Batch {
               dot += query[static_cast<size_t>(d)] *
                      key(k_cache, static_cast<int64_t>(b), j, kv_head, d);
             }
-            logits.push_back(dot * static_cast<double>(logit_scale[b]));
+            logits.push_back(dot * static_cast<double>(scale_of(b, static_cast<size_t>(row))));
           }
           const double m = logits.empty() ? 0 : *std::max_element(logits.begin(), logits.end());
           double l = 0;
@@ -155,6 +160,12 @@ struct Batch {
       }
     }
     return result;
+  }
+  Output prefill_reference() const {
+    return reference([&](size_t b, size_t /*row*/) { return logit_scale[b]; });
+  }
+  Output decode_reference() const {
+    return reference([&](size_t /*b*/, size_t row) { return row_scale[row]; });
   }
 };
 
@@ -225,7 +236,7 @@ Result<T> decode(Batch<T>& batch, BlockKernels kernels, int workers) {
                        {num_sequences, batch.max_pages},
                        {batch.max_pages, 1}},
        .kv_len = {batch.kv_len.data(), {num_sequences}, {1}},
-       .logit_scale = {batch.logit_scale.data(), {num_sequences}, {1}},
+       .logit_scale = {batch.row_scale.data(), {num_sequences, q_tokens}, {q_tokens, 1}},
        .rope_table = {batch.rope_table.data(),
                       {batch.rope_rows, s.head_dim / 2, 2},
                       {s.head_dim, 2, 1}},
@@ -312,7 +323,7 @@ template <typename T>
 void check_prefill() {
   for (const Shape& shape : shapes()) {
     Batch<T> batch(shape);
-    const Output expected = batch.reference();
+    const Output expected = batch.prefill_reference();
     for (const auto& [name, kernels] : kernels_for_prefill<T>()) {
       check(name, shape, prefill(batch, kernels, 2), expected, shape.logit_factor);
     }
@@ -344,7 +355,7 @@ void check_decode() {
   };
   for (const Shape& shape : all) {
     Batch<T> batch(shape);
-    const Output expected = batch.reference();
+    const Output expected = batch.decode_reference();
     for (const auto& [name, kernels] : kernels_for_decode<T>()) {
       const Result<T> got = decode(batch, kernels, 2);
       check(name, shape, got, expected, shape.logit_factor);

@@ -33,7 +33,8 @@ struct Buffer {
 /// A sequence with one KV head: its last `rows` tokens are queries of `heads` heads.
 struct Sequence {
   int64_t kv_len, rows, heads, dim;
-  float logit_scale;
+  float logit_scale;          // of row 0, and of all without row_step
+  float row_step = 0;         // what each row's scale is larger by than that of the row before
   std::vector<bf16> q, k, v;  // [row, head, dim], [key, dim]
   std::vector<float> table;   // [position, dim / 2, 2]
 
@@ -57,6 +58,8 @@ struct Sequence {
       }
     }
   }
+
+  float scale(int64_t row) const { return logit_scale + static_cast<float>(row) * row_step; }
 
   /// The definition, float64. Keys are taken as they lie in the cache.
   void reference(int64_t row, int64_t head, std::vector<double>& out, double& lse) const {
@@ -82,7 +85,7 @@ struct Sequence {
         const double x = float(query[i]), y = float(query[i + half]);
         sum += (x * c - y * s) * float(key[i]) + (y * c + x * s) * float(key[i + half]);
       }
-      logits.push_back(attends(j) ? sum * logit_scale : -std::numeric_limits<double>::infinity());
+      logits.push_back(attends(j) ? sum * scale(row) : -std::numeric_limits<double>::infinity());
     }
     const double m = *std::max_element(logits.begin(), logits.end());
     double l = 0;

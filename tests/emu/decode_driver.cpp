@@ -115,6 +115,8 @@ void run(bool sm90, int64_t dim, bool fp8, int64_t q_tokens, uint64_t first_seed
     sequences.emplace_back(kLengths[b], kLengths[b] == 0 ? 0 : q_tokens, kHeads, dim,
                            static_cast<uint64_t>(10 * b + 1));
     test::Sequence& s = sequences.back();
+    s.logit_scale *= 1.0f - 0.125f * static_cast<float>(b);
+    s.row_step = -0.25f * s.logit_scale;
     if (fp8) {
       quantise(s.k, kKeyScale);
       quantise(s.v, kValueScale);
@@ -134,7 +136,11 @@ void run(bool sm90, int64_t dim, bool fp8, int64_t q_tokens, uint64_t first_seed
   Buffer<float> k_scale({kKeyScale}, "k_scale"), v_scale({kValueScale}, "v_scale");
   Buffer<int32_t> block_table(table, "block_table");
   Buffer<int64_t> kv_len({std::begin(kLengths), std::end(kLengths)}, "kv_len");
-  Buffer<float> scale(std::vector<float>(kBatch, sequences[0].logit_scale), "logit_scale");
+  std::vector<float> scales;
+  for (const test::Sequence& s : sequences) {
+    for (int64_t row = 0; row < q_tokens; ++row) scales.push_back(s.scale(row));
+  }
+  Buffer<float> scale(scales, "logit_scale");
   Buffer<float> rope(sequences[0].table, "rope_table");
   Buffer<bf16> out(std::vector<bf16>(all_q.size()), "out", true);
   Buffer<float> lse(std::vector<float>(static_cast<size_t>(kBatch * q_tokens * kHeads)), "lse",
@@ -147,7 +153,7 @@ void run(bool sm90, int64_t dim, bool fp8, int64_t q_tokens, uint64_t first_seed
       .v_cache = test::view(v.values, {num_pages, 1, kPageSize, dim}),
       .block_table = {block_table.values.data(), {kBatch, kMaxPages}, {kMaxPages, 1}},
       .kv_len = {kv_len.values.data(), {kBatch}, {1}},
-      .logit_scale = {scale.values.data(), {kBatch}, {1}},
+      .logit_scale = {scale.values.data(), {kBatch, q_tokens}, {q_tokens, 1}},
       .rope_table = {rope.values.data(), {kChunks.chunk_size + 1, dim / 2, 2}, {dim, 2, 1}},
       .dual_chunk = kChunks,
       .scratch = {scratch.values.data(), {static_cast<int64_t>(scratch.values.size())}, {1}}};

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.checkpoints import model_config, write_checkpoint
 from lib.hold import held
-from qwen1m_ext import LLM, SamplingParams, demo_model_path
+from qwen1m_ext import LLM, SamplingParams, demo_model_path, ops
 from qwen1m_ext.engine import Engine
 from qwen1m_ext.errors import ConfigError
 from qwen1m_ext.haystack import make_sample
@@ -339,14 +339,31 @@ def test_plain_rope_and_one_layer(tmp_path: Path) -> None:
     assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
 
 
-def test_no_guess_where_each_row_would_read_a_long_cache(checkpoint: Path, fast: LLM) -> None:
-    """Beyond the trained length, and beyond as many tokens as the weights have bytes for."""
-    plain_rope = LLM(checkpoint, rope="plain", max_model_len=1024, speculative="ngram")
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+def test_a_check_reads_the_cache_once(fast: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the trained length too, where each of its rows has a temperature of its own."""
+    calls: list[tuple[int, list[float]]] = []
+    plain = ops.decode_attention
+
+    def spy(out: Tensor, lse: Any, q: Tensor, k: Any, v: Any, table: Any, kv_len: Tensor,
+            logit_scale: Tensor, *rest: Any) -> None:  # fmt: skip
+        assert len(q) == 1
+        calls.append((int(kv_len[0]) - q.shape[1], logit_scale[0].tolist()))
+        plain(out, lse, q, k, v, table, kv_len, logit_scale, *rest)
+
+    monkeypatch.setattr(ops, "decode_attention", spy)
     prompt = repetitive(900, 5)
-    assert run(fast, prompt, params).metrics.draft_tokens == 0
-    assert run(plain_rope, prompt, params).metrics.draft_tokens > 0
-    assert run(fast, prompt[:200], params).metrics.draft_tokens > 0
+    output = run(fast, prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    assert output.metrics.accepted_tokens > 10
+    config = fast.engine.model.config
+    layers, dim = config.num_layers, config.head_dim
+    checks = [call for call in calls if len(call[1]) > 1]
+    # The last layer leaves out rows that nobody asked for: all of a check are asked for.
+    assert len(checks) > layers and len(checks) % layers == 0
+    for first, scales in calls:
+        lengths = [max(len(prompt), first + row + 1) for row in range(len(scales))]
+        expected = [fast.engine.dual_chunk.temperature(n) ** 2 / dim**0.5 for n in lengths]
+        assert scales == pytest.approx(expected, rel=1e-6)
+        assert len(set(scales)) == len(scales)
 
 
 def test_another_name_is_refused(checkpoint: Path) -> None:

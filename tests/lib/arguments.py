@@ -97,7 +97,7 @@ def _decode_attention() -> dict[str, Any]:
         out=torch.zeros(2, 2, 2, 16),
         lse=torch.zeros(2, 2, 2),
         q=tensor(1, 2, 2, 2, 16),
-        **_attention(),
+        **(_attention() | dict(logit_scale=torch.tensor([[0.25, 0.28], [0.3, 0.2]]))),
         scratch=None,
         k_scale=None,
         v_scale=None,

@@ -140,7 +140,7 @@ class AttentionInputs:
     k: list[Tensor]  # per sequence [kv_len, kv_heads, D], rotated
     v: list[Tensor]
     q_len: list[int]
-    logit_scale: Tensor  # [batch] float32
+    logit_scale: Tensor  # [batch] float32; of decode_attention [batch, q_tokens]
     rope_table: Tensor  # [rows, D/2, 2] float32
     chunk_size: int
     local_size: int
@@ -167,13 +167,14 @@ class AttentionInputs:
         """Query rows [begin, end) of one sequence, which then has no later token."""
         first = sum(self.q_len[:sequence])
         kv_len = len(self.k[sequence]) - self.q_len[sequence] + end
+        scale = self.logit_scale[sequence : sequence + 1]
         return replace(
             self,
             q=self.q[first + begin : first + end],
             k=[self.k[sequence][:kv_len]],
             v=[self.v[sequence][:kv_len]],
             q_len=[end - begin],
-            logit_scale=self.logit_scale[sequence : sequence + 1],
+            logit_scale=scale if scale.dim() == 1 else scale[:, begin:end],
         )
 
 
@@ -192,8 +193,10 @@ def attention_inputs(case: Case, dtype: torch.dtype) -> AttentionInputs:
         ]
         for name in ("k", "v")
     )
-    # Different scales in one batch, so that a mix-up of sequences cannot pass.
-    factors = [case["logit_factor"] * (1 + 0.125 * index) for index in range(len(kv_len))]
+    # Different scales in one batch, so that a mix-up of sequences or rows cannot pass.
+    scale = case["logit_factor"] * dim**-0.5 * (1 + 0.125 * torch.arange(len(kv_len)))
+    if "q_tokens" in case:
+        scale = scale[:, None] / (1 + 0.25 * torch.arange(case["q_tokens"]))
     return AttentionInputs(
         q=strided(
             generator.tensor(SEEDS["q"], sum(q_len), heads, dim, dtype=dtype),
@@ -202,7 +205,7 @@ def attention_inputs(case: Case, dtype: torch.dtype) -> AttentionInputs:
         k=k,
         v=v,
         q_len=q_len,
-        logit_scale=torch.tensor(factors, dtype=torch.float32) * dim**-0.5,
+        logit_scale=scale,
         rope_table=rope_table(THETA, dim, max(rows, 1)).float(),
         chunk_size=case["chunk_size"],
         local_size=case["local_size"],

@@ -67,7 +67,7 @@ def reference(inputs: AttentionInputs, q_tokens: int) -> tuple[Tensor, Tensor]:
                 torch.arange(len(k) - q_tokens, len(k)),
                 k,
                 v,
-                inputs.logit_scale[sequence].item(),
+                inputs.logit_scale[sequence],
                 inputs.rope_table,
                 inputs.chunk_size,
                 inputs.local_size,
@@ -116,6 +116,19 @@ def test_threads_do_not_change_bits(name: str, dtype: torch.dtype, device: str) 
             assert_same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", ["eight_tokens", "sixteen_tokens", "split_inside_the_tokens"])
+def test_a_row_has_the_bits_that_it_has_alone(name: str, dtype: torch.dtype) -> None:
+    """On the CPU: rows that are computed together are those of calls of one token each."""
+    inputs = attention_inputs(case("decode_attention", name), dtype)
+    out, lse = run(inputs)
+    for sequence, tokens in enumerate(inputs.q_len):
+        for row in range(tokens if len(inputs.k[sequence]) else 0):
+            alone = run(inputs.part(sequence, row, row + 1))
+            assert_same_bits(alone[0][0, 0], out[sequence, row], f"{sequence}, row {row}")
+            assert_same_bits(alone[1][0, 0], lse[sequence, row], f"lse of {sequence}, row {row}")
+
+
 @dataclass
 class Fp8:
     """An fp8 copy of a case's cache, and what it stands for."""
@@ -161,7 +174,7 @@ class Fp8:
 
 
 FP8_CASES = ["tile_edges", "page_edges", "chunk_896", "chunk_not_of_64", "eight_tokens", "gqa_7",
-             "rows_of_two_blocks", "head_dim_80", "very_different_lengths",
+             "rows_of_two_blocks", "sixteen_tokens", "head_dim_80", "very_different_lengths",
              "peaked_softmax"]  # fmt: skip
 
 
@@ -348,15 +361,19 @@ def test_offsets_beyond_2_to_the_31(dtype: torch.dtype, device: str) -> None:
         (dict(v_cache=lambda t: t[:3]), ("v_cache", "4", "3")),
         (dict(kv_len=lambda t: t[:1]), ("kv_len", "2", "1")),
         (dict(block_table=lambda t: t[:1]), ("block_table", "2", "1")),
-        (dict(logit_scale=lambda t: t[:1]), ("logit_scale", "2", "1")),
+        (dict(logit_scale=lambda t: t[:1]), ("logit_scale", "batch=2", "1")),
+        (dict(logit_scale=lambda t: t[:, :1]), ("logit_scale", "q_tokens=2", "1")),
+        (dict(logit_scale=lambda t: t[:, 0]), ("logit_scale", "[batch, q_tokens]", "[2]")),
         (dict(kv_len=lambda t: t + torch.tensor([127, 0])), ("kv_len", "256", "257")),
         (dict(kv_len=lambda t: -t), ("kv_len", "-130")),
         (dict(block_table=lambda t: t + torch.tensor([[1, 0], [0, 0]]).int()),
          ("block_table", "4")),
         (dict(block_table=lambda t: t - torch.tensor([[0, 2], [0, 0]]).int()),
          ("block_table", "-1")),
-        (dict(logit_scale=lambda t: t * 0), ("logit_scale", "0")),
-        (dict(logit_scale=lambda t: t * float("nan")), ("logit_scale", "nan")),
+        (dict(logit_scale=lambda t: t * 0), ("logit_scale[0, 0]", "0")),
+        (dict(logit_scale=lambda t: t / torch.tensor([1, 0])), ("logit_scale[0, 1]", "inf")),
+        (dict(logit_scale=lambda t: t + torch.tensor([[0], [float("nan")]])),
+         ("logit_scale[1, 0]", "nan")),
         (dict(rope_table=lambda t: t[:48]), ("rope_table", "49", "48")),
         (dict(rope_table=lambda t: t[:, :7].contiguous()), ("rope_table", "8", "7")),
         (dict(chunk_size=lambda _: 0), ("chunk_size", "0")),

@@ -38,12 +38,12 @@ def attention(q_tokens: int) -> Op:
 
     def run() -> Tensor:
         out = torch.empty_like(q)
-        rest = (kv_len, scale, rope_table, 256, 32)
+        cache, rest = (k_cache, v_cache, block_table), (rope_table, 256, 32)
         if q_tokens == 1:
-            ops.decode_attention(out[None], None, q[None], k_cache, v_cache, block_table, *rest)
+            ops.decode_attention(out[None], None, q[None], *cache, kv_len, scale[None], *rest)
         else:
             cu_q = torch.tensor([0, q_tokens])
-            ops.prefill_attention(out, None, q, k_cache, v_cache, block_table, cu_q, *rest)
+            ops.prefill_attention(out, None, q, *cache, cu_q, kv_len, scale, *rest)
         return out
 
     return run

@@ -60,7 +60,7 @@ def reference(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     for sequence, (k, v) in enumerate(zip(inputs.k, inputs.v, strict=True)):
         begin, end = inputs.cu_q[sequence], inputs.cu_q[sequence + 1]
         tokens = torch.arange(len(k) - inputs.q_len[sequence], len(k))
-        scale = inputs.logit_scale[sequence].item()
+        scale = inputs.logit_scale[sequence : sequence + 1]
         rows.append(
             attention(
                 inputs.q[begin:end],

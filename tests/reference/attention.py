@@ -37,7 +37,7 @@ def attention(
     tokens: Tensor,
     k: Tensor,
     v: Tensor,
-    logit_scale: float,
+    logit_scale: Tensor,
     rope_table: Tensor,
     chunk_size: int,
     local_size: int,
@@ -49,7 +49,7 @@ def attention(
         tokens: [rows] absolute token index of each row.
         k: [keys, kv_heads, D], rotated at key token % chunk_len.
         v: [keys, kv_heads, D].
-        logit_scale: multiplies every logit.
+        logit_scale: [rows] multiplies the logits of a row; or one for all, [1].
         rope_table: [table rows, D/2, 2] (cos, sin).
         chunk_size, local_size: tokens; see the module.
 
@@ -61,6 +61,7 @@ def attention(
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     k = k.double().repeat_interleave(group, dim=1)
     v = v.double().repeat_interleave(group, dim=1)
+    scales = logit_scale.double().expand(len(tokens)).tolist()
     for row, token in enumerate(tokens.tolist()):
         keys = token + 1
         positions = query_positions(token, torch.arange(keys), chunk_size, local_size)
@@ -68,7 +69,7 @@ def attention(
         for position in positions.unique():  # at most three
             at = positions == position
             rotated = rotate(q[row], rope_table[position])
-            logits[:, at] = logit_scale * torch.einsum("hd,nhd->hn", rotated, k[:keys][at])
+            logits[:, at] = scales[row] * torch.einsum("hd,nhd->hn", rotated, k[:keys][at])
         lse[row] = logits.logsumexp(-1)
         out[row] = torch.einsum("hn,nhd->hd", logits.softmax(-1), v[:keys])
     return out, lse

@@ -96,6 +96,7 @@ def good_arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
         return sparse_arguments(op, q, shared)
     q = torch.randn(2, 3, Q_HEADS, HEAD_DIM, dtype=dtype)
     lse = torch.empty(2, 3, Q_HEADS)
+    lengths["logit_scale"] = torch.tensor([[0.25, 0.3, 0.2], [0.3, 0.1, 0.4]])
     return {"out": torch.empty_like(q), "lse": lse, "q": q, **paged, **lengths}
 
 

@@ -143,7 +143,7 @@ struct AmxKernel {
   }
 
   static void attend(const LaneBlock& block, const PageTile& page, int64_t head_dim,
-                     float log2_scale, float* scores) {
+                     float* scores) {
     const LaneBlock::Keys keys = score(block, page, head_dim, scores);
     if (keys.hi <= page.lo) return;
     const int first = keys.first, last = keys.last;
@@ -151,7 +151,7 @@ struct AmxKernel {
     alignas(64) float rescale[kLanes];
     for (int lane = 0; lane < kLanes; lane += N) {
       if (keys.some_masked) mask_scores<N>(block, page, keys, lane, scores);
-      softmax_lanes<N, 2>(block, first, last, lane, log2_scale, scores, rescale);
+      softmax_lanes<N, 2>(block, first, last, lane, scores, rescale);
     }
     rescale_output(rescale, head_dim, block.o);
 

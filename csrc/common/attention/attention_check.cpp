@@ -14,6 +14,9 @@ namespace {
 std::string element(const char* name, int64_t index) {
   return std::string(name) + "[" + std::to_string(index) + "]";
 }
+std::string element(const char* name, int64_t i, int64_t j) {
+  return std::string(name) + "[" + std::to_string(i) + ", " + std::to_string(j) + "]";
+}
 
 /// `view` is written, so no two of its elements may share an address, as they do in an expanded
 /// tensor: from the smallest stride up, each must step over all that lies inside.
@@ -92,10 +95,20 @@ void check_rope_rows(const ArgCheck& args, int64_t rows, int64_t tokens) {
   }
 }
 
+void require_scale(const ArgCheck& args, const std::string& name, float scale) {
+  args.require(scale > 0 && std::isfinite(scale), name, "a finite scale > 0", scale);
+}
+
+/// Of sequence b.
 void check_scale(const ArgCheck& args, const TensorView<const float, 1>& logit_scale, int64_t b) {
-  const float scale = *logit_scale.at(b);
-  args.require(scale > 0 && std::isfinite(scale), element("logit_scale", b), "a finite scale > 0",
-               scale);
+  require_scale(args, element("logit_scale", b), *logit_scale.at(b));
+}
+
+/// Of all its rows.
+void check_scale(const ArgCheck& args, const TensorView<const float, 2>& logit_scale, int64_t b) {
+  for (int64_t t = 0; t < logit_scale.size(1); ++t) {
+    require_scale(args, element("logit_scale", b, t), *logit_scale.at(b, t));
+  }
 }
 
 /// The pages of sequence b's first `tokens` tokens.
@@ -105,7 +118,7 @@ void check_pages(const ArgCheck& args, const TensorView<const int32_t, 2>& block
   for (int64_t i = 0; i * kPageSize < tokens; ++i) {
     const int64_t page = *block_table.at(b, i);
     if (page < 0 || page >= pages) {
-      args.fail("block_table[" + std::to_string(b) + ", " + std::to_string(i) + "]",
+      args.fail(element("block_table", b, i),
                 "a page in [0, pages = " + std::to_string(pages) + ")", std::to_string(page));
     }
   }
@@ -122,7 +135,6 @@ void check_common_layout(ArgCheck& args, const Params& p) {
   check_heads(args);
   args.shape("kv_len", p.kv_len, {"batch"});
   args.shape("block_table", p.block_table, {"batch", "max_pages"});
-  args.shape("logit_scale", p.logit_scale, {"batch"});
   check_rope_table(args, p.rope_table);
   check_dual_chunk(args, p.dual_chunk);
 }
@@ -175,6 +187,7 @@ void check_layout(ArgCheck& args, const PrefillAttentionParams& p) {
   if (p.lse) args.shape("lse", p.lse, {"tokens", "q_heads"});
   args.shape("kv_len", p.kv_len, {"batch"});
   args.shape("cu_q", p.cu_q, {{"batch + 1", args.size("batch") + 1}});
+  args.shape("logit_scale", p.logit_scale, {"batch"});
   check_common_layout(args, p);
 }
 
@@ -182,6 +195,7 @@ void check_layout(ArgCheck& args, const DecodeAttentionParams& p) {
   args.shape("q", p.q, {"batch", "q_tokens", "q_heads", "D"});
   args.shape("out", p.out, {"batch", "q_tokens", "q_heads", "D"});
   if (p.lse) args.shape("lse", p.lse, {"batch", "q_tokens", "q_heads"});
+  args.shape("logit_scale", p.logit_scale, {"batch", "q_tokens"});
   check_common_layout(args, p);
 }
 

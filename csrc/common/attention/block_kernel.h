@@ -9,7 +9,7 @@
 ///
 /// A step is one page (128 keys on the absolute grid), or the part of it that belongs to one Dual
 /// Chunk stage. Per step and row, with s_j = <q, k_j>, m the running maximum of s and c > 0 the
-/// factor from s to log2 units:
+/// row's factor from s to log2 units:
 ///   m' = max(m, max_j s_j)     p_j = 2^(c (s_j - m'))     f = 2^(c (m - m'))
 ///   l' = f l + sum_j p_j       O' = f O + sum_j p_j v_j
 /// A step whose keys are all masked for a row gives f = 1 and adds zeros, which is exact: that is
@@ -43,6 +43,7 @@ struct LaneBlock {
   float* o = nullptr;               // unnormalised output, see OutputLayout
   float* m = nullptr;               // [lanes] running maximum of <q, k>; -inf: no key seen
   float* l = nullptr;               // [lanes] running sum
+  float* log2_scale = nullptr;      // [lanes] > 0: turns <q, k> into log2 units
   int32_t* token_offset = nullptr;  // [lanes] token of the lane's row minus first_token, ascending
   int64_t first_token = 0;          // token of lane 0
   int lanes = 0;                    // of the kernel
@@ -89,25 +90,22 @@ struct BlockKernel {
   PageTile (*pack_page)(const void* k, const void* v, int64_t head_dim, int lo, int hi,
                         float* k_pack, float* v_pack);
 
-  /// One step for one block. `scores` is scratch of 128 * lanes floats. log2_scale > 0 turns
-  /// products <q, k> into log2 units.
-  void (*attend)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale,
-                 float* scores);
+  /// One step for one block. `scores` is scratch of 128 * lanes floats.
+  void (*attend)(const LaneBlock&, const PageTile&, int64_t head_dim, float* scores);
 
   /// The two halves of `attend`, for callers that read the keys of several pages before their
   /// values; null in prefill kernels. `weigh` takes the scores that `score` left.
   void (*score)(const LaneBlock&, const PageTile&, int64_t head_dim, float* scores);
-  void (*weigh)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale,
-                float* scores);
+  void (*weigh)(const LaneBlock&, const PageTile&, int64_t head_dim, float* scores);
 
   /// The sparse estimate (sparse_estimate.h), in two walks; null in decode kernels. `sum`: the part
   /// of a step that updates m and l. `spread`: with m and 1 / l of all keys in the block's m and l,
   /// adds the probabilities of each key to column[key], and those of offset i - j to
   /// slash[i - j - (first_token - page.begin - 127)]. `scores` is scratch of
   /// 128 * (2 * lanes + 32) floats for both, all zero at first.
-  void (*sum)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale, float* scores);
-  void (*spread)(const LaneBlock&, const PageTile&, int64_t head_dim, float log2_scale,
-                 float* scores, float* column, float* slash);
+  void (*sum)(const LaneBlock&, const PageTile&, int64_t head_dim, float* scores);
+  void (*spread)(const LaneBlock&, const PageTile&, int64_t head_dim, float* scores, float* column,
+                 float* slash);
 
   /// Around the calls of one thread, where the processor has state to set up; else null.
   void (*begin)(void* saved);

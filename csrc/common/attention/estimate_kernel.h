@@ -32,12 +32,11 @@ struct EstimateKernel {
     return keys;
   }
 
-  static void sum(const LaneBlock& block, const PageTile& page, int64_t head_dim, float log2_scale,
-                  float* scores) {
+  static void sum(const LaneBlock& block, const PageTile& page, int64_t head_dim, float* scores) {
     const LaneBlock::Keys keys = masked_scores(block, page, head_dim, scores);
     if (keys.hi <= page.lo) return;
-    const F scale = S::splat(log2_scale);
     for (int lane = 0; lane < kLanes; lane += N) {
+      const F scale = S::load(block.log2_scale + lane);
       const F m_old = S::load(block.m + lane);
       F m_new = m_old;
       for (int key = keys.first; key < keys.last; ++key) {
@@ -56,11 +55,10 @@ struct EstimateKernel {
     }
   }
 
-  static void spread(const LaneBlock& block, const PageTile& page, int64_t head_dim,
-                     float log2_scale, float* scores, float* column, float* slash) {
+  static void spread(const LaneBlock& block, const PageTile& page, int64_t head_dim, float* scores,
+                     float* column, float* slash) {
     const LaneBlock::Keys keys = masked_scores(block, page, head_dim, scores);
     if (keys.hi <= page.lo) return;
-    const F scale = S::splat(log2_scale);
     float* probabilities = scores + kPageSize * kLanes + kPad;
     for (int key = keys.first; key < keys.last; ++key) {
       F sum{};
@@ -68,7 +66,8 @@ struct EstimateKernel {
         const F reference =
             S::max(S::load(block.m + lane), S::splat(-std::numeric_limits<float>::max()));
         const F s = S::load(scores + int64_t{key} * kLanes + lane);
-        const F p = S::template exp2<5>((s - reference) * scale) * S::load(block.l + lane);
+        const F p = S::template exp2<5>((s - reference) * S::load(block.log2_scale + lane)) *
+                    S::load(block.l + lane);
         S::store(probabilities + key * kRow + lane, p);
         sum += p;
       }

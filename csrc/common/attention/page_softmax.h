@@ -45,15 +45,15 @@ Q1M_SIMD void mask_scores(const LaneBlock& block, const PageTile& page, const La
 
 /// Lanes [lane, lane + N): turns the scores of keys [first, last) into probabilities, as floats
 /// [key][lanes] or as pairs of bf16 [key/2][lanes], over the scores. `first` and `last` are even.
-/// Updates m and l; `rescale` receives f. log2_scale as in BlockKernel::attend.
+/// Updates m and l; `rescale` receives f.
 template <int N, int kElemsPerWord>
-Q1M_SIMD void softmax_lanes(const LaneBlock& block, int first, int last, int lane, float log2_scale,
-                            float* scores, float* rescale) {
+Q1M_SIMD void softmax_lanes(const LaneBlock& block, int first, int last, int lane, float* scores,
+                            float* rescale) {
   using S = Simd<N>;
   using F = typename S::F;
   constexpr int kDegree = kElemsPerWord == 2 ? 3 : 5;
   const int64_t stride = block.lanes;
-  const F scale = S::splat(log2_scale);
+  const F scale = S::load(block.log2_scale + lane);
 
   const F m_old = S::load(block.m + lane);
   F m0 = S::splat(-std::numeric_limits<float>::infinity()), m1 = m0;

@@ -76,6 +76,7 @@ TileWalker::TileWalker(BlockKernels kernels, const AttentionContext& context, in
       b.o = take(dim * lanes);
       b.m = take(lanes);
       b.l = take(lanes);
+      b.log2_scale = take(lanes);
       b.token_offset = reinterpret_cast<int32_t*>(take(lanes));
     }
     return floats;
@@ -102,6 +103,7 @@ void TileWalker::begin(const QueryTile& tile) {
       // Lanes without a row see what the last row sees; their queries are 0.
       const int64_t row = std::min(first_row + lane, num_rows_ - 1);
       b.token_offset[lane] = static_cast<int32_t>(tile.first_token + row / group - b.first_token);
+      b.log2_scale[lane] = tile.scale(row / group) * kLog2E;
     }
     std::fill_n(b.o, context_.head_dim * lanes, 0.0f);
     std::fill_n(b.m, lanes, -std::numeric_limits<float>::infinity());
@@ -154,9 +156,8 @@ const void* TileWalker::widened(const char* rows, int lo, int hi, float* buffer)
 }
 
 void TileWalker::attend(PageTile page) {
-  const float log2_scale = tile_.logit_scale * kLog2E;
   for (LaneBlock& b : blocks()) {
-    kernel_->attend(b, page, context_.head_dim, log2_scale, scores_);
+    kernel_->attend(b, page, context_.head_dim, scores_);
     page.next_k = page.next_v = nullptr;  // once is enough
     page.page_bytes = 0;
   }
@@ -198,8 +199,7 @@ void TileWalker::visit(std::span<TileWalker> walkers, const PageKeys& keys) {
     walker.kernel_->score(walker.block(0), walker.page_, walker.context_.head_dim, walker.scores_);
   }
   for (TileWalker& walker : walkers) {
-    walker.kernel_->weigh(walker.block(0), walker.page_, walker.context_.head_dim,
-                          walker.tile_.logit_scale * kLog2E, walker.scores_);
+    walker.kernel_->weigh(walker.block(0), walker.page_, walker.context_.head_dim, walker.scores_);
   }
 }
 

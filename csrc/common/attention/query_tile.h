@@ -41,11 +41,15 @@ struct QueryTile {
   int64_t q_offset = 0;  // elements from context.q to the first token's first head of the group
   int64_t batch = 0;     // row of the block table
   int64_t kv_head = 0;
-  int64_t first_token = 0;  // absolute index
-  int64_t num_tokens = 0;   // all in the DCA chunk of first_token
-  float logit_scale = 0;
+  int64_t first_token = 0;             // absolute index
+  int64_t num_tokens = 0;              // all in the DCA chunk of first_token
+  const float* logit_scale = nullptr;  // of first_token
+  int64_t logit_scale_stride = 0;      // to that of the next token; 0: all have one
+  float key_scale = 1;                 // a factor of all logits
 
   int64_t last_token() const { return first_token + num_tokens - 1; }
+  /// Of token first_token + index.
+  float scale(int64_t index) const { return logit_scale[index * logit_scale_stride] * key_scale; }
   bool operator==(const QueryTile&) const = default;
 };
 

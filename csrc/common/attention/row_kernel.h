@@ -61,9 +61,9 @@ struct RowKernel {
   }
 
   static void attend(const LaneBlock& block, const PageTile& page, int64_t head_dim,
-                     float log2_scale, float* scores) {
+                     float* scores) {
     score(block, page, head_dim, scores);
-    weigh(block, page, head_dim, log2_scale, scores);
+    weigh(block, page, head_dim, scores);
   }
 
   static void score(const LaneBlock& block, const PageTile& page, int64_t /*head_dim*/,
@@ -85,12 +85,11 @@ struct RowKernel {
     if (keys.some_masked) mask_scores<kLanes>(block, page, keys, 0, scores);
   }
 
-  static void weigh(const LaneBlock& block, const PageTile& page, int64_t head_dim,
-                    float log2_scale, float* scores) {
+  static void weigh(const LaneBlock& block, const PageTile& page, int64_t head_dim, float* scores) {
     const LaneBlock::Keys keys = block.keys(page, kKeys);
     if (keys.hi <= page.lo) return;
     alignas(64) float rescale[kLanes];
-    softmax(block, keys.first, keys.last, log2_scale, scores, rescale);
+    softmax(block, keys.first, keys.last, scores, rescale);
     Prefetch next_values(page.next_v, page.page_bytes);
     kAccumulate[block.rows - 1](block, page, keys.hi, head_dim, scores, rescale, next_values);
   }
@@ -148,10 +147,10 @@ struct RowKernel {
   }
 
   /// softmax_lanes of page_softmax.h with a vector full of scores: [16 / kLanes keys][kLanes rows].
-  static Q1M_SIMD void softmax(const LaneBlock& block, int first, int last, float log2_scale,
-                               float* scores, float* rescale) {
+  static Q1M_SIMD void softmax(const LaneBlock& block, int first, int last, float* scores,
+                               float* rescale) {
     constexpr int kDegree = kElemsPerWord == 2 ? 3 : 5;
-    const F scale = S::splat(log2_scale);
+    const F scale = every_key(block.log2_scale);
     const float* const end = scores + last * kLanes;
 
     const F m_old = every_key(block.m);

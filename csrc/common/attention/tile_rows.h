@@ -82,6 +82,11 @@ struct RowSoftmax {
   /// first block on.
   template <bool kEmptyRows, int kCount>
   Q1M_DEVICE void step(float (&s)[kCount], float scale_log2) {
+    step<kEmptyRows>(s, {scale_log2, scale_log2});
+  }
+  /// The two rows with a scale each.
+  template <bool kEmptyRows, int kCount>
+  Q1M_DEVICE void step(float (&s)[kCount], const float (&scale_log2)[2]) {
     Q1M_UNROLL
     for (int h = 0; h < 2; ++h) {
       float maximum = m[h];
@@ -92,15 +97,15 @@ struct RowSoftmax {
       maximum = fmaxf(maximum, arch::shuffle_xor(maximum, 1));  // the four lanes of a row
       maximum = fmaxf(maximum, arch::shuffle_xor(maximum, 2));
       const float reference =
-          kEmptyRows && maximum == -INFINITY ? 0.0f : maximum * scale_log2;  // no -inf - (-inf)
-      alpha[h] = arch::exp2_approx(m[h] * scale_log2 - reference);
+          kEmptyRows && maximum == -INFINITY ? 0.0f : maximum * scale_log2[h];  // no -inf - (-inf)
+      alpha[h] = arch::exp2_approx(m[h] * scale_log2[h] - reference);
       float sum = 0;
       Q1M_UNROLL
       for (int j = 0; j < kCount / 4; ++j) {
         Q1M_UNROLL
         for (int e = 0; e < 2; ++e) {
           float& x = s[4 * j + 2 * h + e];
-          x = arch::exp2_approx(x * scale_log2 - reference);
+          x = arch::exp2_approx(x * scale_log2[h] - reference);
           sum += x;
         }
       }

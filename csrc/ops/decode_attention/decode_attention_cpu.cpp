@@ -48,8 +48,9 @@ std::vector<Task> cut_tiles(const DecodeAttentionParams& p, const AttentionConte
                                   .kv_head = h,
                                   .first_token = token,
                                   .num_tokens = num_tokens,
-                                  // The keys' scale is a factor of all logits.
-                                  .logit_scale = *p.logit_scale.at(b) * cache_scale(p.k_scale, h)},
+                                  .logit_scale = p.logit_scale.at(b, q_token),
+                                  .logit_scale_stride = p.logit_scale.stride(1),
+                                  .key_scale = cache_scale(p.k_scale, h)},
                          .q_token = q_token,
                          .num_pieces = pieces,
                          .first_partial = partials});
@@ -114,14 +115,14 @@ void merge_tile(const DecodeAttentionParams& p, const AttentionContext& context,
   const int64_t rows = task.tile.num_tokens * group, floats = partial_floats(context);
   const auto out = p.out.as<T>();
   for (int64_t i = 0; i < rows; ++i) {
-    const AttentionRow row =
-        merge_partials(partials + (task.first_partial + i) * floats, rows * floats, task.num_pieces,
-                       dim, task.tile.logit_scale, o);
+    const float logit_scale = task.tile.scale(i / group);
+    const AttentionRow row = merge_partials(partials + (task.first_partial + i) * floats,
+                                            rows * floats, task.num_pieces, dim, logit_scale, o);
     const int64_t t = task.q_token + i / group, h = task.tile.kv_head * group + i % group;
     const float norm = row.norm() * cache_scale(p.v_scale, task.tile.kv_head);
     T* to = out.at(task.tile.batch, t, h);
     for (int64_t d = 0; d < dim; ++d) to[d] = T(row.o[d] * norm);
-    if (p.lse) *p.lse.at(task.tile.batch, t, h) = row.lse(task.tile.logit_scale);
+    if (p.lse) *p.lse.at(task.tile.batch, t, h) = row.lse(logit_scale);
   }
 }
 

@@ -241,18 +241,18 @@ struct DecodeAttention {
 
     const Queries q{Q1M_SHARED_MEMBER(smem, q)};
     rotate_queries(args, work, q);
-    float scale_log2 = arch::global_load(args.logit_scale.at(work.batch)) * 1.44269504f;
-    if constexpr (kFp8) scale_log2 *= arch::global_load(args.k_scale.at(work.kv_head));
     Outputs o;
     RowSoftmax softmax[kRowTiles];
-    int end[kRowTiles][2];  // keys that the thread's rows may see
+    float scale_log2[kRowTiles][2];  // of the thread's rows
+    int end[kRowTiles][2];           // keys that they may see
     Q1M_UNROLL
     for (int tile = 0; tile < kRowTiles; ++tile) {
       Q1M_UNROLL
       for (int i = 0; i < D / 2; ++i) o[tile][i] = 0;
       Q1M_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int visible = work.token(16 * tile + lane / 4 + 8 * h) + 1;
+        const int row = 16 * tile + lane / 4 + 8 * h, visible = work.token(row) + 1;
+        scale_log2[tile][h] = Merge::scale_log2(args, work, row);
         end[tile][h] = visible < work.keys.end ? visible : work.keys.end;
       }
     }
@@ -280,7 +280,7 @@ struct DecodeAttention {
       Q1M_UNROLL
       for (int tile = 0; tile < kRowTiles; ++tile) {
         if (hides_keys) mask_scores(s[tile], first_key, work.keys.begin, end[tile]);
-        softmax[tile].template step<true>(s[tile], scale_log2);
+        softmax[tile].template step<true>(s[tile], scale_log2[tile]);
         softmax[tile].rescale(o[tile]);
         if constexpr (kFp8) {
           Fp8::pack_probabilities(probabilities[tile], s[tile]);

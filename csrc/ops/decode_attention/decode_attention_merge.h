@@ -103,10 +103,20 @@ struct DecodeMerge {
   };
   using SharedSmem = arch::Shared<Smem>;
 
-  // --- A row of the output -------------------------------------------------------------------
+  // --- A row ---------------------------------------------------------------------------------
+  /// What turns its products <q, k> into log2 units. Rows behind the last, whose queries are zero,
+  /// have the last one's.
+  static Q1M_DEVICE float scale_log2(const DecodeAttentionParams& p, const DecodeWork& work,
+                                     int row) {
+    const int q_token = work.q_token(row < work.num_rows ? row : work.num_rows - 1);
+    float scale = arch::global_load(p.logit_scale.at(work.batch, q_token)) * 1.44269504f;
+    if constexpr (kFp8) scale *= arch::global_load(p.k_scale.at(work.kv_head));
+    return scale;
+  }
+
   /// The lane's dims of a row, from the sum of exponentials and that of the weighted values.
   static Q1M_DEVICE void store_row(const DecodeAttentionParams& p, const DecodeWork& work, int row,
-                                   float m, float l, const Lane& o, float scale_log2) {
+                                   float m, float l, const Lane& o, float scale) {
     constexpr float kLn2 = 0.69314718f;
     const int lane = arch::lane_index();
     float norm = l == 0 ? 0.0f : arch::reciprocal_approx(l);
@@ -124,7 +134,7 @@ struct DecodeMerge {
     }
     if (p.lse && lane == 0) {
       arch::global_store(p.lse.at(work.batch, q_token, q_head),
-                         l == 0 ? -INFINITY : (m * scale_log2 + arch::log2_approx(l)) * kLn2);
+                         l == 0 ? -INFINITY : (m * scale + arch::log2_approx(l)) * kLn2);
     }
   }
 
@@ -140,7 +150,7 @@ struct DecodeMerge {
   template <int kRowTiles>
   static Q1M_DEVICE void finish(const DecodeLaunch& launch, const DecodeWork& work, SharedSmem smem,
                                 RowSoftmax (&softmax)[kRowTiles], float (&o)[kRowTiles][D / 2],
-                                float scale_log2) {
+                                const float (&scales)[kRowTiles][2]) {
     const int warp = arch::warp_index(), lane = arch::lane_index();
     const auto all_m = Q1M_SHARED_MEMBER(smem, m), all_l = Q1M_SHARED_MEMBER(smem, l);
     const auto all_o = Q1M_SHARED_MEMBER(smem, o);
@@ -166,7 +176,7 @@ struct DecodeMerge {
       for (int h = 0; h < 2; ++h) {
         const int row = lane / 4 + 8 * h;
         const float weight =
-            merge_weight(softmax[tile].m[h], maximum_of(all_m, 16 * tile + row), scale_log2);
+            merge_weight(softmax[tile].m[h], maximum_of(all_m, 16 * tile + row), scales[tile][h]);
         Q1M_UNROLL
         for (int j = 0; j < D / 8; j += 2) {
           const float* x = o[tile] + 4 * j + 2 * h;
@@ -186,11 +196,11 @@ struct DecodeMerge {
       }
       arch::block_sync();
       for (int row = warp; row < 16 && 16 * tile + row < work.num_rows; row += kDecodeWarps) {
-        merge_warps(launch, work, smem, 16 * tile, row, scale_log2);
+        merge_warps(launch, work, smem, 16 * tile, row);
       }
       if (tile + 1 < kRowTiles) arch::block_sync();  // before the next tile overwrites it
     }
-    if (work.num_splits > 1) merge_splits(launch, work, smem, scale_log2);
+    if (work.num_splits > 1) merge_splits(launch, work, smem);
   }
 
   static Q1M_DEVICE float maximum_of(arch::Shared<float[kDecodeWarps][kRows]> m, int row) {
@@ -202,23 +212,24 @@ struct DecodeMerge {
 
   /// One row, by one warp: to the output if the block saw all keys, else to the partial results.
   static Q1M_DEVICE void merge_warps(const DecodeLaunch& launch, const DecodeWork& work,
-                                     SharedSmem smem, int first_row, int row, float scale_log2) {
+                                     SharedSmem smem, int first_row, int row) {
     const auto all_m = Q1M_SHARED_MEMBER(smem, m), all_l = Q1M_SHARED_MEMBER(smem, l);
     const auto all_o = Q1M_SHARED_MEMBER(smem, o);
     const int lane = arch::lane_index(), block_row = first_row + row;
+    const float scale = scale_log2(launch.args, work, block_row);
     const float m = maximum_of(all_m, block_row);
     float l = 0;
     Lane o = {};
     Q1M_UNROLL
     for (int w = 0; w < kDecodeWarps; ++w) {
       l += arch::shared_load(all_l[w][block_row]) *
-           merge_weight(arch::shared_load(all_m[w][block_row]), m, scale_log2);
+           merge_weight(arch::shared_load(all_m[w][block_row]), m, scale);
       const Lane part = arch::shared_load(all_o[w][row][lane * kLaneDims].template as<Lane>());
       Q1M_UNROLL
       for (int i = 0; i < kLaneDims; ++i) o.x[i] += part.x[i];
     }
     if (work.num_splits == 1) {
-      store_row(launch.args, work, block_row, m, l, o, scale_log2);
+      store_row(launch.args, work, block_row, m, l, o, scale);
       return;
     }
     float* to = partial(launch, work, work.split);
@@ -236,7 +247,7 @@ struct DecodeMerge {
 
   /// The block that comes last finds all partial results, merges them and resets the counter.
   static Q1M_DEVICE void merge_splits(const DecodeLaunch& launch, const DecodeWork& work,
-                                      SharedSmem smem, float scale_log2) {
+                                      SharedSmem smem) {
     const auto splits_before = Q1M_SHARED_MEMBER(smem, splits_before);
     uint32_t* counter = launch.counters + work.sequence;
     arch::block_sync();  // all warps have written
@@ -249,16 +260,16 @@ struct DecodeMerge {
     arch::block_sync();
     if (arch::shared_load(splits_before) + 1 != static_cast<uint32_t>(work.num_splits)) return;
     for (int row = arch::warp_index(); row < work.num_rows; row += kDecodeWarps) {
-      merge_row(launch, work, Q1M_SHARED_MEMBER(smem, weight)[arch::warp_index()], row, scale_log2);
+      merge_row(launch, work, Q1M_SHARED_MEMBER(smem, weight)[arch::warp_index()], row);
     }
   }
 
   /// One row, by one warp: weights first, a lane for every 32nd split, then the weighted sum of the
   /// splits in ascending order, a few dims a lane.
   static Q1M_DEVICE void merge_row(const DecodeLaunch& launch, const DecodeWork& work,
-                                   arch::Shared<float[kMaxSplits + kUnroll]> weights, int row,
-                                   float scale_log2) {
+                                   arch::Shared<float[kMaxSplits + kUnroll]> weights, int row) {
     const int lane = arch::lane_index(), count = work.num_splits;
+    const float scale = scale_log2(launch.args, work, row);
     const float* first = partial(launch, work, 0);
     const float* all_m = first + kRows * D + row;
     float maximum = -INFINITY;
@@ -274,7 +285,7 @@ struct DecodeMerge {
       float weight = 0;
       if (i < count) {
         const float* m = all_m + i * kPartialFloats;
-        weight = merge_weight(arch::global_load_coherent(m), maximum, scale_log2);
+        weight = merge_weight(arch::global_load_coherent(m), maximum, scale);
         l += weight * arch::global_load_coherent(m + kRows);
       }
       arch::shared_store(weights[i], weight);
@@ -301,7 +312,7 @@ struct DecodeMerge {
       }
     }
     arch::warp_sync();  // before the next row's weights
-    store_row(launch.args, work, row, maximum, l, o, scale_log2);
+    store_row(launch.args, work, row, maximum, l, o, scale);
   }
 };
 

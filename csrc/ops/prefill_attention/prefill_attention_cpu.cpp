@@ -48,7 +48,7 @@ std::vector<Task> cut_tiles(const PrefillAttentionParams& p, int64_t max_tokens)
                           .kv_head = h,
                           .first_token = token,
                           .num_tokens = num_tokens,
-                          .logit_scale = *p.logit_scale.at(b)},
+                          .logit_scale = p.logit_scale.at(b)},
                          row});
       }
     });
@@ -69,7 +69,7 @@ void store_tile(const PrefillAttentionParams& p, const Task& task, int64_t group
     const float norm = row.norm();
     T* o = out.at(t, h);
     for (int64_t d = 0; d < out.size(2); ++d) o[d] = T(row.o[d * row.stride] * norm);
-    if (p.lse) *p.lse.at(t, h) = row.lse(task.tile.logit_scale);
+    if (p.lse) *p.lse.at(t, h) = row.lse(task.tile.scale(0));
   }
 }
 

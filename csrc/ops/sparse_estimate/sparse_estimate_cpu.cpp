@@ -65,7 +65,7 @@ class Estimate {
     for_each_page(worker, piece, [&](TileWalker& walker, int64_t, const PageKeys& keys) {
       PageTile page = walker.pack_keys(keys);
       for (LaneBlock& block : walker.blocks()) {
-        walker.kernel().sum(block, page, context_.head_dim, log2_scale(), worker.scores.data());
+        walker.kernel().sum(block, page, context_.head_dim, worker.scores.data());
         page.next_k = nullptr, page.page_bytes = 0;  // once is enough
       }
     });
@@ -123,8 +123,8 @@ class Estimate {
       std::fill_n(column, kPageSize, 0.0f);
       for (LaneBlock& block : walker.blocks()) {
         const int64_t offset = block.first_token - page.begin - (kPageSize - 1);
-        walker.kernel().spread(block, page, context_.head_dim, log2_scale(), worker.scores.data(),
-                               column, worker.slash.data() + g * stride + offset - lowest);
+        walker.kernel().spread(block, page, context_.head_dim, worker.scores.data(), column,
+                               worker.slash.data() + g * stride + offset - lowest);
         page.next_k = nullptr, page.page_bytes = 0;
       }
       float* out = p_.vertical.at(kv_head * group_ + g, page.begin);
@@ -182,7 +182,7 @@ class Estimate {
            .kv_head = kv_head,
            .first_token = first_token_,
            .num_tokens = rows_,
-           .logit_scale = *p_.logit_scale.at(0)});
+           .logit_scale = p_.logit_scale.at(0)});
     }
   }
   void finish(Worker& worker) {

@@ -200,7 +200,7 @@ void sparse_prefill_cpu(const SparsePrefillParams& p, const ParallelFor& paralle
                   .kv_head = task.head / group,
                   .first_token = task.first,
                   .num_tokens = task.count,
-                  .logit_scale = logit_scale});
+                  .logit_scale = p.logit_scale.at(0)});
     const int64_t last_token = task.first + task.count - 1;
     for (int stage = 0; stage < kStages; ++stage) {
       for_each_key_range(segment, lists[static_cast<size_t>(stage)], task.t0,
