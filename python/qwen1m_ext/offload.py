@@ -114,7 +114,7 @@ class OffloadedCache(KVCache):
             (device.allocate(shape, dtype), device.allocate(shape, dtype)) for _ in range(slots)
         ]
         self._copies: Copies = ThreadCopies()
-        if isinstance(device, StreamDevice):
+        if self.streamed and isinstance(device, StreamDevice):
             bounce = device.allocate((2 * len(self.streamed), *shape[1:]), dtype)
             self._copies = QueueCopies(device, bounce)
         self._coming: Iterator[int] = iter(())  # layers of the step without a slot so far

@@ -199,6 +199,16 @@ def test_the_host_waits_for_no_copy_within_a_step(deep: Path) -> None:
     assert len(request.samples[0].tokens) == 93
 
 
+def test_a_budget_for_all_layers_leaves_the_graphs(deep: Path, plain: LLM) -> None:
+    """Nothing is copied then: a device without queues for it will do."""
+    options: Any = {"max_model_len": TOKENS, "kv_offload": "host", "device_kv_bytes": 5 * LAYER}
+    device = RecordingDevice()
+    llm = LLM(deep, device=device, prefill_chunk_tokens=100, max_num_seqs=2, **options)
+    assert answer(llm, prompt_ids(200), GREEDY) == answer(plain, prompt_ids(200), GREEDY)
+    assert len(device.graphs) == 2 and device.graphs[1].replays >= 18
+    assert llm.engine.plan.host == {}
+
+
 def test_a_host_with_too_little_memory_is_refused(
     deep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lib.lazy_device import LazyDevice
 from lib.recording_device import RecordingDevice
 from lib.same_output import WAYS, Answer, Case, Setup, alone, compare, make_cases
 from qwen1m_ext import demo_model_path
@@ -26,6 +27,13 @@ class OnDevice(Setup):
         return super().engine(cases, device=RecordingDevice(), **more)
 
 
+class Offloaded(Setup):
+    """The same, with layers in host memory and copies as late as their order allows."""
+
+    def engine(self, cases: list[Case], **more: Any) -> Engine:
+        return super().engine(cases, device=LazyDevice("computation"), kv_offload="host", **more)
+
+
 @pytest.fixture(scope="module", params=["dense", "sparse"])
 def single(request: pytest.FixtureRequest) -> tuple[Setup, list[Case], list[Answer]]:
     """What requests give alone, on the CPU."""
@@ -37,11 +45,14 @@ def single(request: pytest.FixtureRequest) -> tuple[Setup, list[Case], list[Answ
     return setup, cases, alone(setup, cases)
 
 
+@pytest.mark.parametrize("kind", [OnDevice, Offloaded])
 @pytest.mark.parametrize("way", WAYS)
-def test_same_output(single: tuple[Setup, list[Case], list[Answer]], way: str) -> None:
+def test_same_output(
+    single: tuple[Setup, list[Case], list[Answer]], way: str, kind: type[Setup]
+) -> None:
     """float32: every token is the CPU's. In a session the host has to see log probabilities."""
     setup, cases, want = single
-    on_device = OnDevice(setup.model_dir, setup.options, setup.small_chunk)
+    on_device = kind(setup.model_dir, setup.options, setup.small_chunk)
     if "session" not in way:
         cases = [replace(case, noted=False) for case in cases]
     report = compare(*WAYS[way](on_device, cases, want))
