@@ -139,6 +139,20 @@ def test_an_fp8_cache_and_sparse_prefill(deep: Path, queues: LazyDevice) -> None
     assert answer(other, prompt_ids(500)) == answer(one, prompt_ids(500))
 
 
+def test_speculation(deep: Path, plain: LLM, queues: LazyDevice) -> None:
+    """Prepared checks, with pages that a wrong guess has written."""
+    prompt = {"prompt_token_ids": prompt_ids(20) * 10}
+    guessing = load(deep, queues, kv_offload="host", speculative="ngram", max_num_seqs=2)
+    guessed = accepted = 0
+    drawn = replace(GREEDY, max_tokens=60, temperature=50.0, top_k=2, seed=1)
+    for params in (replace(GREEDY, max_tokens=60), drawn):  # all guesses are right, or some
+        want, got = (llm.generate(prompt, params)[0] for llm in (plain, guessing))
+        assert got.outputs[0].token_ids == want.outputs[0].token_ids
+        guessed += got.metrics.draft_tokens
+        accepted += got.metrics.accepted_tokens
+    assert guessed > accepted > 0
+
+
 def test_sessions_and_their_files(
     deep: Path, plain: LLM, queues: LazyDevice, tmp_path: Path
 ) -> None:
