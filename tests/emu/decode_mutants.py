@@ -97,7 +97,7 @@ DECODE_MUTANTS = (
             "      if (tile + 1 < kRowTiles) arch::block_sync();  // before the next tile overwrites it\n",
             "", WAR),
     _mutant("warps are not weighted", MERGE,
-            "merge_weight(softmax[tile].m[h], maximum_of(all_m, 16 * tile + row), scale_log2);", "1.0f;",
+            "merge_weight(softmax[tile].m[h], maximum_of(all_m, 16 * tile + row), scales[tile][h]);", "1.0f;",
             NUMBERS),
     _mutant("the counter goes up before all have written", MERGE,
             "    arch::block_sync();  // all warps have written\n", "", GLOBAL_RACE),
