@@ -16,7 +16,7 @@ from .errors import ConfigError
 from .estimate import CARDS, SPARSE_COLUMNS, Machine, Seconds, estimate, link_bytes, measure_cpu
 from .fp8 import FP8
 from .memory import available_bytes, format_bytes
-from .offload import check_budget, check_options
+from .offload import SLOTS, check_budget, check_options, layer_bytes
 from .plan import PREFILL_CHUNK_TOKENS, Deployment, MemoryPlan, largest_context, memory_plan
 from .terminal import format_seconds
 
@@ -157,8 +157,25 @@ class Report:
                 f"{format_bytes(moved.loaded)} over the link in a prefill, "
                 f"{format_bytes(moved.step)} for each token"
             )
+            stay, size = self._more_layers()
+            if stay:
+                yield (
+                    f"there is room for {stay} of them: --device-kv-bytes {size} keeps them on "
+                    "the device"
+                )
         if d.sparse:
             yield f"sparse attention: {self.columns:,} columns per row assumed (--columns)"
+
+    def _more_layers(self) -> tuple[int, int]:
+        """How many layers in host memory fit on the device beside the rest; the budget for them."""
+        d, config = self.deployment, self.config
+        away, size = len(d.streamed_layers(config)), layer_bytes(config, d.kv_dtype, d.tokens)
+        held = SLOTS + config.num_layers - away
+        for budget in range(config.num_layers, held, -1):
+            changed = replace(d, device_kv_bytes=budget * size)
+            if memory_plan(config, changed).fits(self.machine.memory):
+                return away - len(changed.streamed_layers(config)), budget * size
+        return 0, 0
 
     def as_json(self) -> dict[str, Any]:
         """For programs; times in seconds, sizes in bytes."""

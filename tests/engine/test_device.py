@@ -19,6 +19,7 @@ from lib.capture import mapped
 from lib.checkpoints import model_config, write_checkpoint
 from lib.emulator import emulated_ops, library_path
 from lib.hold import PATIENCE, together
+from lib.lazy_device import LazyDevice
 from lib.recording_device import GARBAGE, RecordingDevice
 from lib.same_output import Answer, compare
 from qwen1m_ext import LLM, SamplingParams, choices, engine, ops
@@ -205,23 +206,32 @@ def test_the_next_step_does_not_wait_for_the_last(checkpoint: Path, cpu: LLM) ->
 
 
 @pytest.mark.parametrize(
-    ("architecture", "attention", "kv"),
+    ("architecture", "attention", "kv", "offload"),
     [
-        ("emu_sm90", "dense", "auto"),
-        ("emu_sm80", "dense", "auto"),
-        ("emu_sm90", "sparse", "auto"),
-        ("emu_sm80", "sparse", "fp8"),
+        ("emu_sm90", "dense", "auto", None),
+        ("emu_sm80", "dense", "auto", None),
+        ("emu_sm90", "sparse", "auto", None),
+        ("emu_sm80", "sparse", "fp8", None),
+        ("emu_sm90", "dense", "fp8", "host"),
     ],
 )
 def test_emulated_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, attention: str, kv: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    attention: str,
+    kv: str,
+    offload: Any,
 ) -> None:
-    """A whole model by the kernels of a GPU: weights to tokens, in bf16, captured and replayed."""
+    """A whole model by the kernels of a GPU: weights to tokens, in bf16, captured and replayed.
+
+    With layers in host memory: three through two slots, op by op.
+    """
     if library_path() is None:
         pytest.skip("libqwen1m_emu_ops.so is not built (make test builds it)")
     config = model_config(
         hidden_size=128, intermediate_size=192, num_attention_heads=2, num_key_value_heads=1,
-        torch_dtype="bfloat16",
+        torch_dtype="bfloat16", num_hidden_layers=3 if offload else 2,
     )  # fmt: skip
     directory = write_checkpoint(tmp_path, config, gain=2.0, seed=3, dtype=torch.bfloat16)
     options: dict[str, Any] = {
@@ -235,13 +245,14 @@ def test_emulated_kernels(
     plain = engine.load_weights  # what a GPU allocates is aligned, a mapped file is not
     monkeypatch.setattr(engine, "load_weights", lambda *a: mapped(plain(*a), torch.clone))
     with emulated_ops(architecture) as called:
-        llm = LLM(directory, device=RecordingDevice(), **options)
+        device = LazyDevice("computation") if offload else RecordingDevice()
+        llm = LLM(directory, device=device, kv_offload=offload, **options)
         with together(llm.engine, len(prompts)):
             got = llm.generate(prompts, params)
         llm.engine.shutdown()
     wanted = Wanted(SEVEN, torch.bfloat16, llm.engine.kv_dtype, sparse=attention == "sparse")
     assert set(called) == set(wanted.ops)
-    assert sum(graph.replays for graph in queue_of(llm).graphs) >= 5
+    assert offload or sum(graph.replays for graph in device.graphs) >= 5
     # logits of this model spread over 60, in steps of up to 0.25: rounding moves them by more
     report = compare([Answer.of(o) for o in got], [Answer.of(o) for o in want], near_tie=1.5)
     assert report.beyond == [] and report.steps >= 6, report

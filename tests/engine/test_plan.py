@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,15 @@ def test_offload_is_planned_and_proposed_on_the_command_line(
     assert main(offload) == 0
     text = capsys.readouterr().out
     assert "  host kv cache    183.1 GiB" in text and "48 of 48 layers in page-locked" in text
+    # what is said to have room has it, and one layer more has not
+    room = re.search(r"there is room for (\d+) of them: --device-kv-bytes (\d+) keeps", text)
+    assert room is not None
+    layer = layer_bytes(MODELS["14b"], BF16, 1_000_000)
+    for more, status in ((0, 0), (layer, 1)):
+        assert main([*offload, "--device-kv-bytes", str(int(room[2]) + more)]) == status
+        said = capsys.readouterr().out
+        away = 48 - int(room[1]) - (1 if more else 0)
+        assert f"{away} of 48 layers in page-locked" in said and "there is room" not in said
     assert main([*base, "--device-kv-bytes", "8g"]) == 2
     assert "device_kv_bytes: expected kv_offload beside it" in capsys.readouterr().err
     assert main([*offload, "--device-kv-bytes", "512m"]) == 2

@@ -166,12 +166,16 @@ def test_a_decode_step_waits_for_nothing(gpu: str, more: dict[str, Any]) -> None
     assert len(request.samples[0].tokens) == len(ids) + 3
 
 
-def test_memory_stays_within_the_plan(gpu: str) -> None:
+@pytest.mark.parametrize("kv_offload", [None, "host"])
+def test_memory_stays_within_the_plan(gpu: str, kv_offload: Any) -> None:
     """What torch has taken at most, against what the plan has reserved."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    llm = LLM(demo_model_path(), device="cuda", max_model_len=20_000, attention="sparse")
+    llm = LLM(
+        demo_model_path(), device="cuda", max_model_len=20_000, attention="sparse",
+        kv_offload=kv_offload,
+    )  # fmt: skip
     assert isinstance(llm.engine.device, CudaDevice)
     prompt = {"prompt_token_ids": [(i * i) % 250 for i in range(19_000)]}
     for attention in ("sparse", "dense"):
