@@ -157,7 +157,7 @@ class Report:
                 f"{format_bytes(moved.loaded)} over the link in a prefill, "
                 f"{format_bytes(moved.step)} for each token"
             )
-            stay, size = self._more_layers()
+            stay, size = self._more_layers() if d.gpu else (0, 0)
             if stay:
                 yield (
                     f"there is room for {stay} of them: --device-kv-bytes {size} keeps them on "
