@@ -153,10 +153,8 @@ def test_a_sample_ends_inside_a_guess(
     assert got[0].outputs[0].stop_reason == want[0].outputs[0].stop_reason
 
 
-def test_preempted_among_tokens_sampled_ahead(
-    checkpoint: Path, informed: Callable[..., Informed]
-) -> None:
-    """Too few pages for all: what was ahead is drawn again, its counts are made anew."""
+def test_preempted_and_back(checkpoint: Path, informed: Callable[..., Informed]) -> None:
+    """Too few pages for all."""
     options = OPTIONS | {"max_model_len": 384, "max_num_seqs": 4, "cuda_graphs": False}
     params = SamplingParams(
         temperature=0.6, seed=2, max_tokens=100, frequency_penalty=0.7, ignore_eos=True
@@ -294,6 +292,29 @@ def test_checks_are_replayed(
             sequence.request.stop()
             scheduler.residency.cancel(sequence.request)
     assert llm.engine.cache.allocator.num_free == llm.engine.cache.num_pages
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_was_ahead_of_a_preemption_is_drawn_again(
+    checkpoint: Path, plain: LLM, informed: Callable[..., Informed], seed: int
+) -> None:
+    """From the same positions of the stream, with counts that are made anew."""
+    llm = LLM(checkpoint, device=RecordingDevice(), speculative="ngram", **OPTIONS)
+    scheduler, ids = llm.engine._core.scheduler, prompt(30, seed)
+    params = replace(GREEDY, temperature=1.0, frequency_penalty=0.7, seed=seed)
+    want = generate(plain, [ids], params)
+    informed([ids], want)
+    [sequence], step = steps_of(llm, [ids], params)
+    while not sequence.complete:
+        if not sequence.preemptions and len(sequence.speculator.ahead) > 1:
+            sequence.preempting = True
+            scheduler.residency.settle(sequence)
+            assert sequence.preemptions == 1 and sequence.speculator.ahead
+        result = step()
+        result.finish()
+        scheduler.retire(result.step, result.done, None)
+    assert sequence.preemptions == 1
+    assert [[sequence.tokens[30:]]] == said(want)
 
 
 def test_a_step_waits_only_for_a_guess(
