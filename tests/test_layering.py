@@ -153,7 +153,7 @@ RANKS = [
         "device_sampler",
     },
     {"model", "sequence", "engine_messages"},
-    {"decode_step", "drafts"},
+    {"decode_step", "drafts", "progress"},
     {
         "engine_child",
         "scoring",

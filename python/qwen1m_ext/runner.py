@@ -24,23 +24,16 @@ from torch import Tensor
 
 from .attention import Batch, Rotary, Segment
 from .decode_step import DRAFT_ROWS, DecodeRow, DecodeStep
-from .device import Event, StreamDevice
+from .device import StreamDevice
 from .device_sampler import DeviceSampler, Draw, Settings, waiting
 from .drafts import Drafter
 from .errors import BackendError
-from .events import Progress
 from .heartbeat import Pulse
 from .kv_cache import KVCache
 from .model import Qwen2Model
+from .progress import Abandoned, LayerProgress
 from .sampler import Candidates, not_a_number, rank_tokens
 from .sequence import Piece, Request, Sequence, Step
-
-LAYERS_AHEAD = 2
-"""Layers of a prefill that may be queued before they run: progress is no farther off."""
-
-
-class _Abandoned(Exception):
-    pass
 
 
 @dataclass
@@ -94,9 +87,10 @@ class ModelRunner:
             decodes: with a device that has a queue, what goes on there from token to token.
         """
         self._model, self._rotary, self._cache = model, rotary, cache
-        self._temperature, self._prefill_work = temperature, prefill_work
+        self._temperature = temperature
         self.pulse = Pulse()  # beats after every layer
         self._device, self._decodes = cache.device, decodes
+        self._progress = LayerProgress(cache.device, self.pulse, prefill_work)
         self._drawn: tuple[list[Piece], Tensor, list[range]] = [], torch.empty(0), []
         self._unfinished: deque[_Unfinished] = deque()
         self._finished = 0.0  # when the last step was known to be done
@@ -123,7 +117,7 @@ class ModelRunner:
                 elif work:
                     self._run(work, drafts, result)
             result.done = computed
-        except _Abandoned:  # by those who had to be computed; others may have had a token ahead
+        except Abandoned:  # by those who had to be computed; others may have had a token ahead
             result.done = computed - {piece.sequence for piece in work}
             result.representative = False
             if self._decodes is not None:
@@ -258,7 +252,7 @@ class ModelRunner:
         rows = None if len(wanted) == len(batch) else torch.tensor(wanted, dtype=torch.int64)
         with batch.in_cache():
             hidden = self._model.forward(
-                self._token_ids(work, drafts), batch, rows, self._on_layer(work)
+                self._token_ids(work, drafts), batch, rows, self._progress.reporter(work)
             )
         samples: list[tuple[Piece, int]] = []  # and how many rows
         sampled_rows: list[int] = []
@@ -328,23 +322,6 @@ class ModelRunner:
         self._model.logits(hidden[put(torch.tensor(rows))], sampler.logits(len(rows)))
         return pieces, sampler.sample(Settings(*map(put, vars(settings).values()))), own
 
-    def _on_layer(self, work: list[Piece]) -> Callable[[int, int], None] | None:
-        """Progress, and with a queue: that it does not run ahead of what is reported."""
-        device = self._device
-        if not isinstance(device, StreamDevice):
-            return lambda done, of: self._report(work, done / of)
-        if all(piece.decode for piece in work):
-            return None
-        queued: deque[Event] = deque()
-
-        def report(done: int, of: int) -> None:
-            queued.append(device.record())
-            if len(queued) > LAYERS_AHEAD:
-                queued.popleft().synchronize()
-            self._report(work, done / of)
-
-        return report
-
     def _segments(self, piece: Piece, drafted: int) -> list[Segment]:
         """A piece, cut where the temperature changes; one with a guess behind it is not."""
         sequence, cache = piece.sequence, piece.sequence.cache
@@ -366,39 +343,6 @@ class ModelRunner:
             else:
                 segments.append(Segment(cache, position, position + 1, s))
         return segments
-
-    def _report(self, pieces: list[Piece], share: float) -> None:
-        """After each layer: progress, and whether anybody still wants the step."""
-        self.pulse.beat()
-        now = time.perf_counter()
-        for piece in pieces:
-            sequence, request = piece.sequence, piece.sequence.request
-            if piece.begin >= sequence.prompt_len or not sequence.is_leader or request.stopped:
-                continue
-            total = sequence.prompt_len
-            end = min(piece.end, total)
-            request.done = piece.begin + share * (end - piece.begin)
-            report = request.on_progress
-            if report is None or request.started is None:
-                continue
-
-            def work(begin: int, end: int, sparse: bool = request.policy.sparse) -> float:
-                return self._prefill_work(begin, end, sparse)
-
-            done = work(request.cached, piece.begin) + share * work(piece.begin, end)
-            left = work(request.cached, total) - done
-            elapsed = now - request.started
-            eta: float | None = None
-            if request.done >= total:
-                eta = 0.0
-            elif done > 0:
-                eta = elapsed * max(0.0, left) / done
-            try:
-                report(Progress(int(request.done), total, eta, elapsed, request.cached))
-            except BaseException as error:
-                request.fail(error)
-        if all(piece.sequence.request.stopped for piece in pieces):
-            raise _Abandoned
 
     def _score(self, piece: Piece, hidden: Tensor) -> None:
         """Hand the prompt's hidden states to who asked for them, each row once."""
