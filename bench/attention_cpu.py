@@ -54,6 +54,10 @@ class Case:
         half = len(self.caches) // 2
         self._next = itertools.cycle(self.caches)
         self._next_read = itertools.cycle(self.caches[half:] + self.caches[:half])
+        # A model has them for all layers of a step.
+        self._lengths = torch.tensor([self.tokens])
+        self._cu_q = torch.tensor([0, len(self.q)])
+        self._scale = torch.tensor([1 / math.sqrt(self.q.shape[2])])
 
     @property
     def tokens(self) -> int:
@@ -63,14 +67,12 @@ class Case:
     def ours(self) -> Tensor:
         """prefill_attention, or decode_attention for one query token; [q_tokens, q_heads, D]."""
         common = (*next(self._next), self.block_table)
-        lengths = torch.tensor([self.tokens])
-        scale = torch.tensor([1 / math.sqrt(self.q.shape[2])])
+        lengths, scale, cu_q = self._lengths, self._scale, self._cu_q
         positions = (self.rope_table, ops.INFINITE_CHUNK, 0)
         if len(self.q) == 1:
             out, q = self.out[None], self.q[None]
             ops.decode_attention(out, None, q, *common, lengths, scale[None], *positions)
         else:
-            cu_q = torch.tensor([0, len(self.q)])
             ops.prefill_attention(self.out, None, self.q, *common, cu_q, lengths, scale, *positions)
         return self.out
 

@@ -18,6 +18,7 @@ constexpr BlockKernel kKernels[] = {
 };
 template <typename T>
 constexpr BlockKernel kDecodeKernels[] = {
+    RowKernel<T, MultiplyFloats<16>, 4>::describe(CpuIsa::kAvx512),
     RowKernel<T, MultiplyFloats<16>, 2>::describe(CpuIsa::kAvx512),
     RowKernel<T, MultiplyFloats<16>, 1>::describe(CpuIsa::kAvx512),
 };
@@ -30,8 +31,8 @@ BlockKernels avx512_kernels(DType dtype) {
 }
 
 BlockKernels avx512_decode_kernels(DType dtype) {
-  if (dtype == DType::kFloat32) return {kDecodeKernels<float>, 2};
-  return {kDecodeKernels<bf16>, 2};
+  if (dtype == DType::kFloat32) return {kDecodeKernels<float>, 3};
+  return {kDecodeKernels<bf16>, 3};
 }
 
 }  // namespace qwen1m

@@ -18,6 +18,29 @@ struct MultiplyPairs {
       return (F)_mm256_dpbf16_ps((__m256)acc, (__m256bh)a, (__m256bh)b);
     }
   }
+  /// 1 in both elements of every word.
+  static Q1M_SIMD F ones() { return (F)_mm512_set1_epi32(0x3f803f80); }
+
+  /// a holds [16 / kLanes keys][kLanes], b the keys behind them. The result, rounded to the nearest
+  /// bf16 or even, holds each two neighbouring keys as words, the first in the low half.
+  template <int kLanes>
+  static Q1M_SIMD F round_to_pairs(F a, F b) {
+    static_assert(N == 16);
+    struct Order {
+      alignas(64) uint16_t from[32];
+    };
+    static constexpr Order kOrder = [] {
+      Order order{};
+      for (int word = 0; word < 16; ++word) {
+        const int first = word / kLanes * 2 * kLanes + word % kLanes;
+        order.from[2 * word] = static_cast<uint16_t>(first);
+        order.from[2 * word + 1] = static_cast<uint16_t>(first + kLanes);
+      }
+      return order;
+    }();
+    const auto rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    return (F)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder.from), rounded);
+  }
 };
 
 // Tile shapes: as in block_kernel_avx512.cpp.
@@ -28,6 +51,7 @@ constexpr BlockKernel kKernels[] = {
     VectorKernel<bf16, MultiplyPairs<8>, 8, 1, 16>::describe(CpuIsa::kAvx512Bf16),
 };
 constexpr BlockKernel kDecodeKernels[] = {
+    RowKernel<bf16, MultiplyPairs<16>, 4>::describe(CpuIsa::kAvx512Bf16),
     RowKernel<bf16, MultiplyPairs<16>, 2>::describe(CpuIsa::kAvx512Bf16),
     RowKernel<bf16, MultiplyPairs<16>, 1>::describe(CpuIsa::kAvx512Bf16),
 };
@@ -40,7 +64,7 @@ BlockKernels avx512_bf16_kernels(DType dtype) {
 }
 
 BlockKernels avx512_bf16_decode_kernels(DType dtype) {
-  if (dtype == DType::kBFloat16) return {kDecodeKernels, 2};
+  if (dtype == DType::kBFloat16) return {kDecodeKernels, 3};
   return {};
 }
 

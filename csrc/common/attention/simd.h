@@ -128,23 +128,31 @@ struct MultiplyFloats {
   using F = typename Simd<N>::F;
   static constexpr int kElemsPerWord = 1;
   static Q1M_SIMD F mac(F acc, F a, F b) { return Simd<N>::fma(a, b, acc); }
+  static Q1M_SIMD F ones() { return Simd<N>::splat(1.0f); }
 };
 
-/// Fetches memory towards the L2 cache, from front to back, a little at each call. Hardware
-/// prefetchers stop at 4 KB borders and do not follow many rows at once (decode without this class:
-/// half the speed), and a core drops software prefetches beyond the few it can have in flight (Zen
-/// 4: a burst of them "runs" at 180 GB/s), so decode strews them evenly over its arithmetic.
+/// Fetches memory into L1 (kLocality 3) or towards L2 (2), from front to back, a little at each
+/// call. Hardware prefetchers stop at 4 KB borders and do not follow many rows at once (decode
+/// without this class: half the speed), and a core drops software prefetches beyond the few it can
+/// have in flight (Zen 4: a burst of them "runs" at 180 GB/s), so decode strews them evenly over
+/// its arithmetic.
+template <int kLocality = 2>
 class Prefetch {
  public:
   Prefetch(const char* p, int64_t bytes) : p_(p), end_(p == nullptr ? p : p + bytes) {}
-  Q1M_SIMD void next_line() {
+  /// Of a range that is a multiple of kBytes; kBytes is one of 64, or less.
+  template <int64_t kBytes>
+  Q1M_SIMD void next_bytes() {
     if (p_ == end_) return;
-    __builtin_prefetch(p_, /*rw=*/0, /*locality: L2*/ 2);
-    p_ += 64;
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < kBytes; line += 64) {
+      __builtin_prefetch(p_ + line, /*rw=*/0, kLocality);
+    }
+    p_ += kBytes;
   }
-  /// Of a range that is a multiple of 64 bytes.
+  /// The same where the number is not known beforehand.
   Q1M_SIMD void next_bytes(int64_t bytes) {
-    for (; bytes > 0; bytes -= 64) next_line();
+    for (; bytes > 0; bytes -= 64) next_bytes<64>();
   }
 
  private:

@@ -69,16 +69,17 @@ struct Run {
   int64_t begin, end;           // pieces
 };
 
+/// Ever shorter ones: a worker begins few, and the last ones even out the workers' speeds.
 std::vector<Run> cut_runs(const std::vector<Task>& tasks, int64_t kv_heads, int64_t num_pieces,
                           int64_t workers) {
-  constexpr int64_t kRunsPerWorker = 8;  // to even out their speeds; 2 at least
   const int64_t heads = num_pieces / kv_heads >= 2 * workers ? kv_heads : 1;
-  const int64_t length = std::max<int64_t>(1, num_pieces / heads / (kRunsPerWorker * workers));
   std::vector<Run> runs;
+  int64_t left = num_pieces / heads;
   for (size_t i = 0; i < tasks.size(); i += static_cast<size_t>(heads)) {
     const std::span<const Task> together(&tasks[i], static_cast<size_t>(heads));
-    for (int64_t begin = 0; begin < tasks[i].num_pieces; begin += length) {
-      runs.push_back({together, begin, std::min(begin + length, tasks[i].num_pieces)});
+    for (int64_t begin = 0, length; begin < tasks[i].num_pieces; begin += length, left -= length) {
+      length = std::clamp<int64_t>(left / (2 * workers), 1, tasks[i].num_pieces - begin);
+      runs.push_back({together, begin, begin + length});
     }
   }
   return runs;
