@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MIN_BYTES = 64 << 20
-"""Of a tensor: the 2 MiB that may be committed beyond what was written are 3 % of it at most."""
+MIN_BYTES = 8 << 20
+"""Of a tensor: what may be committed beyond what was written, 2 MiB, is a quarter of it at most."""
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
