@@ -165,6 +165,8 @@ RANKS = [
     },
     {"scheduler", "estimate"},
     {"core"},
+    {"assembly"},
+    {"intake"},
     {"engine"},
     {"llm", "session_command", "refine", "crossover", "engine_worker"},
     {"engine_process"},

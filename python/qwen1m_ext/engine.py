@@ -1,26 +1,23 @@
 """The engine: a loaded model that serves many requests at once.
 
-This is the face: what is refused, what is reserved, how a request becomes a handle. The work is
-done by the threads of `core.py`, which live until `shutdown` or until the engine is collected.
+This is the face: what can be chosen, and how a request becomes a handle. `assembly.py` loads and
+reserves, `intake.py` refuses; the work is done by the threads of `core.py`, which live until
+`shutdown` or until the engine is collected.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import kv_scales, ops
-from .attention import Rotary
+from .assembly import Parts, build_core
 from .choices import (
     DTypeName,
     KVCacheName,
@@ -34,40 +31,28 @@ from .choices import (
     choose_rope,
 )
 from .config import load_config, load_generation_config
-from .core import Core, Span
-from .cost_model import ASSUMED_FLOPS, GPU_FLOPS, CostModel
-from .decode_step import DecodeStep, most_rows
+from .core import Span
 from .device import Device, StreamDevice
-from .errors import ConfigError, ContextTooLong, MemoryBudgetError, RequestError
+from .errors import ConfigError, RequestError
 from .events import EngineStats, OnEvent, OnProgress, RequestStatus
-from .fp8 import FP8
 from .grammar import GrammarCompiler
 from .handle import RequestHandle
 from .heartbeat import Observer
-from .kv_cache import KVCache, pages_for
+from .intake import Intake
 from .memory import available_bytes, format_bytes
-from .model import Qwen2Model
-from .offload import OffloadedCache, check_budget, check_options
+from .offload import check_budget, check_options
 from .output_processor import OutputProcessor
-from .plan import PREFILL_CHUNK_TOKENS, Deployment, fit_context, memory_plan, stage_bytes
+from .plan import PREFILL_CHUNK_TOKENS, Deployment, fit_context, memory_plan
 from .prefill_policy import PrefillPolicy
-from .prefix_cache import PrefixCache, extend_keys
 from .request import AttentionName, SamplingParams
-from .residency import Residency
-from .runner import ModelRunner
 from .sampler import LogitsProcessor, Sampler
-from .scheduler import Limits, Scheduler
+from .scheduler import Limits
 from .scoring import PromptScorer
-from .sequence import DENSE, AttentionPolicy, OnHidden, Request
-from .sequence import Sequence as Sample
+from .sequence import Request
 from .sessions import Session
 from .sparse_config import SparseSettings
-from .sparsity import SparseAttention, SparsePrefill
 from .speculative import NgramSpeculator
 from .tokenizer import Tokenizer
-from .weights import fingerprint, load_weights
-
-log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 64
 """Sessions that may be open at once. They share the pages of one full context."""
@@ -167,16 +152,10 @@ class Engine:
         )
         if speculative not in (None, "ngram"):
             raise ConfigError(f"speculative: expected ngram or None, got {speculative!r}")
-        self._speculative = speculative is not None
         check_options(kv_offload, device_kv_bytes)
-        wanted = Wanted(
-            self.config,
-            self.dtype,
-            self.kv_dtype,
-            sparse=attention != "dense",
-        )
+        wanted = Wanted(self.config, self.dtype, self.kv_dtype, sparse=attention != "dense")
         self.device = choose_device(device, wanted)
-        on_gpu = isinstance(self.device, StreamDevice)
+        gpu = self.device if isinstance(self.device, StreamDevice) else None
         deployment = Deployment(
             tokens=0,
             dtype=self.dtype,
@@ -186,10 +165,10 @@ class Engine:
             decode_rows=max_num_seqs,
             sparse=wanted.sparse,
             sparse_columns=self.policy.budgets.most_columns,
-            gpu=on_gpu,
-            num_sms=self.device.num_sms if isinstance(self.device, StreamDevice) else 0,
+            gpu=gpu is not None,
+            num_sms=gpu.num_sms if gpu else 0,
             cuda_graphs=cuda_graphs,
-            speculative=self._speculative,
+            speculative=speculative is not None,
             kv_offload=kv_offload is not None,
             device_kv_bytes=device_kv_bytes,
         )
@@ -200,39 +179,13 @@ class Engine:
         deployment = replace(deployment, tokens=self.max_model_len)
         self.plan = memory_plan(shape, deployment)
         check_budget(self.config, self.kv_dtype, self.max_model_len, device_kv_bytes)
-        self.chunk_tokens = min(prefill_chunk_tokens, self.max_model_len)
+        self.chunk_tokens = deployment.chunk
         self.step_tokens = self.chunk_tokens + max_num_seqs
-        self.sparse: SparseAttention | None = None
-        size = self.config, self.kv_dtype, self.max_model_len, deployment.max_seqs, self.dtype
-        with self.device.scope():
-            weights = load_weights(model_dir, self.config, self.dtype, self.device)
-            if wanted.sparse:
-                self.sparse = SparseAttention(
-                    self.config,
-                    self.dual_chunk,
-                    self.policy.budgets,
-                    self.max_model_len,
-                    self.policy.settings,
-                    self.device,
-                    self.dtype,
-                )
-            self.rotary = Rotary.build(
-                self.config,
-                self.dual_chunk,
-                self.max_model_len,
-                critical=wanted.sparse,
-                device=self.device,
-            )
-            self.model = Qwen2Model(self.config, weights, self.step_tokens, self.device)
-            self.cache = (
-                OffloadedCache(*size, self.device, device_kv_bytes)
-                if kv_offload
-                else KVCache(*size, self.device)
-            )
-            if self.kv_dtype == FP8 and not kv_scales.load(self.cache, self.config, self.model_dir):
-                kv_scales.calibrate(self.model, self.rotary, self.cache, self.max_model_len)
-            self.kv_exponents = kv_scales.exponents(self.cache)
-            checkpoint = fingerprint(weights)
+        parts = Parts.load(
+            self.model_dir, self.config, self.dual_chunk, self.policy, self.device, deployment
+        )
+        self.model, self.rotary, self.cache = parts.model, parts.rotary, parts.cache
+        self.sparse, self.kv_exponents, self.model_key = parts.sparse, parts.kv_exponents, parts.key
         self.eos_token_ids = frozenset(
             self.generation_config.eos_token_ids or self.config.eos_token_ids
         )
@@ -242,61 +195,21 @@ class Engine:
                     f"{model_dir}: eos_token_id: expected ids below vocab_size "
                     f"{self.config.vocab_size}, got {token}"
                 )
-        facts: tuple[object, ...] = (
-            self.config, self.dual_chunk, self.dtype, ops.PAGE_SIZE, checkpoint
-        )  # fmt: skip
-        if self.kv_exponents:
-            facts += (self.kv_dtype, self.kv_exponents)
-        self.model_key = blake2b(repr(facts).encode(), digest_size=32).digest()
-        self._numbers = itertools.count(1)
+        self._speculative = deployment.speculative
         self._grammars: GrammarCompiler | None = None
         self._grammar_lock = threading.Lock()
-        decodes: DecodeStep | None = None
-        if isinstance(self.device, StreamDevice):
-            stage, graphs = stage_bytes(shape, deployment), deployment.graphs(shape)
-            with self.device.scope():
-                self.device.reserve(
-                    stage, most_rows(max_num_seqs, self._speculative, self.step_tokens)
-                )
-                decodes = DecodeStep(
-                    self.model,
-                    self.rotary,
-                    self.cache,
-                    max_num_seqs,
-                    graphs,
-                    self._speculative,
-                )
-        self._core = self._build_core(
+        tokenizer, eos = self.tokenizer, self.eos_token_ids
+        self._core = build_core(
+            parts,
+            self.policy,
+            deployment,
             replace(limits, chunk_tokens=self.chunk_tokens),
             enable_prefix_caching,
-            decodes,
+            lambda on_finish: OutputProcessor(tokenizer, eos, on_finish),
         )
+        prefixes = self._core.scheduler.residency.prefixes
+        self._intake = Intake(parts, self.policy, deployment, prefixes, tokenizer is not None)
         weakref.finalize(self, self._core.shutdown, False)
-
-    def _build_core(
-        self,
-        limits: Limits,
-        prefix_caching: bool,
-        decodes: DecodeStep | None,
-    ) -> Core:
-        """The threads' world. It must not know this object, whose end is to end it."""
-        keys = self.policy.expected_keys()
-        cost = CostModel(self.config, keys, GPU_FLOPS if decodes else ASSUMED_FLOPS)
-        prefixes = PrefixCache(self.cache.allocator, self.model_key, prefix_caching)
-        residency = Residency(
-            self.cache, prefixes, self.dual_chunk.temperature, limits.max_num_seqs
-        )
-        scheduler = Scheduler(residency, cost, limits)
-        runner = ModelRunner(
-            self.model,
-            self.rotary,
-            self.cache,
-            residency.temperature,
-            cost.prefill_seconds,
-            decodes,
-        )
-        tokenizer, eos = self.tokenizer, self.eos_token_ids
-        return Core(scheduler, runner, lambda on_finish: OutputProcessor(tokenizer, eos, on_finish))
 
     def default_sampling_params(self) -> SamplingParams:
         """What generation_config.json recommends, with vLLM's default of 16 tokens."""
@@ -311,50 +224,7 @@ class Engine:
             ContextTooLong: no room for the prompt and one new token.
             MemoryBudgetError: the pages of this request do not fit in memory now.
         """
-        if not token_ids:
-            raise RequestError("prompt: expected at least one token, got an empty prompt")
-        vocab = self.config.vocab_size
-        low, high = min(token_ids), max(token_ids)
-        if low < 0 or high >= vocab:
-            bad = low if low < 0 else high
-            raise RequestError(f"prompt_token_ids: expected ids in [0, {vocab}), got {bad}")
-        if len(token_ids) >= self.max_model_len:
-            raise ContextTooLong(
-                f"prompt: expected at most {self.max_model_len - 1} tokens (max_model_len "
-                f"{self.max_model_len} less one new token), got {len(token_ids)}; "
-                "nothing was truncated"
-            )
-        for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(params, name) or ():
-                if token >= vocab:
-                    raise RequestError(f"{name}: expected token ids in [0, {vocab}), got {token}")
-        self._sparse_for(len(token_ids), params)
-        if params.stop_list and self.tokenizer is None:
-            raise RequestError("stop: expected none, as no tokenizer is loaded, got strings")
-        tokens = min(len(token_ids) + (params.max_tokens or self.max_model_len), self.max_model_len)
-        needed = pages_for(tokens) * self.cache.page_bytes
-        # the host's memory is taken page by page, a GPU's was taken when the engine started
-        on_gpu = isinstance(self.device, StreamDevice)
-        available = None if on_gpu else self.device.available_bytes()
-        if available is not None and needed > available:
-            raise MemoryBudgetError(
-                f"request: the KV cache of {tokens} tokens needs {needed} bytes "
-                f"({format_bytes(needed)}), but {available} bytes are available"
-            )
-
-    def _sparse_for(self, prompt_tokens: int, params: SamplingParams) -> SparseAttention | None:
-        """How this prompt is prefilled; None: densely. Raises RequestError if that cannot be."""
-        if not self.policy.is_sparse(params.attention, prompt_tokens):
-            return None
-        if self.sparse is None:
-            raise RequestError('attention: expected "dense", as the engine is, got "sparse"')
-        needed = min(prompt_tokens, self.sparse.settings.window_tokens)
-        if self.chunk_tokens < needed:
-            raise RequestError(
-                f"attention: sparse prefill of {prompt_tokens} tokens needs "
-                f"prefill_chunk_tokens of at least {needed}, got {self.chunk_tokens}"
-            )
-        return self.sparse
+        self._intake.check(token_ids, params)
 
     def submit(
         self,
@@ -410,7 +280,9 @@ class Engine:
         scorer = None
         if params.prompt_logprobs is not None:
             scorer = PromptScorer(self.model, token_ids, params.prompt_logprobs)
-        request = self._request(token_ids, params, priority, request_id, session, pin, scorer)
+        request = self._intake.request(
+            token_ids, params, priority, request_id, session, pin, scorer
+        )
         if scorer is not None:
             core = self._core
             scorer.on_complete = lambda rows: core.post(lambda: core.outputs.scored(request, rows))
@@ -432,43 +304,6 @@ class Engine:
                     self.tokenizer, self.config.vocab_size, sorted(self.eos_token_ids)
                 )
             return self._grammars
-
-    def _request(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        priority: int = 0,
-        request_id: str | None = None,
-        session: Session | None = None,
-        pin: bool = False,
-        on_hidden: OnHidden | None = None,
-    ) -> Request:
-        prefixes = self._core.scheduler.residency.prefixes
-        number = next(self._numbers)
-        sparse, policy = self._sparse_for(len(token_ids), params), DENSE
-        if sparse:
-            policy = AttentionPolicy(sparse.key, sparse.grid.window_tokens, sparse.grid.border)
-        request = Request(
-            request_id or f"request-{number}",
-            token_ids,
-            params,
-            arrival=number,
-            priority=priority,
-            temperature=self.dual_chunk.temperature(len(token_ids)),
-            session=session,
-            policy=policy,
-            sparse=SparsePrefill.start(sparse) if sparse else None,
-            on_hidden=on_hidden,
-            pin=pin,
-        )
-        if pin:
-            prefixes.check_pin(len(token_ids) // ops.PAGE_SIZE)
-        request.root = prefixes.root(request.temperature, request.policy.name)
-        extend_keys(request.keys, request.root, token_ids, len(token_ids))
-        room = self.max_model_len - len(token_ids)
-        max_tokens = min(params.max_tokens or room, room)
-        request.samples = [Sample(request, i, max_tokens) for i in range(params.n)]
-        return request
 
     def _start(
         self,
@@ -544,7 +379,7 @@ class Engine:
             )
         blocks: list[Tensor] = []
         model = self.model
-        request = self._request(
+        request = self._intake.request(
             token_ids, params, on_hidden=lambda _, hidden: blocks.append(model.logits(hidden).cpu())
         )
         request.samples[0].sampler = Sampler(params, token_ids)

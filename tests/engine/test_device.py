@@ -22,7 +22,7 @@ from lib.hold import PATIENCE, together
 from lib.lazy_device import LazyDevice
 from lib.recording_device import GARBAGE, RecordingDevice
 from lib.same_output import Answer, compare
-from qwen1m_ext import LLM, SamplingParams, choices, engine, ops
+from qwen1m_ext import LLM, SamplingParams, assembly, choices, ops
 from qwen1m_ext.choices import Wanted, choose_device
 from qwen1m_ext.config import load_config
 from qwen1m_ext.decode_step import GRAPH_BYTES, decode_sizes, decode_step_bytes
@@ -187,7 +187,7 @@ def test_the_next_step_does_not_wait_for_the_last(checkpoint: Path, cpu: LLM) ->
     """Three steps are queued before the host hears of the first one's token."""
     llm = LLM(checkpoint, device=RecordingDevice(), **OPTIONS)
     ids = PROMPTS[0]["prompt_token_ids"]
-    core, request = llm.engine._core, llm.engine._request(ids, GREEDY)
+    core, request = llm.engine._core, llm.engine._intake.request(ids, GREEDY)
     sequence = request.samples[0]
     sequence.sampler = Sampler(GREEDY, ids)
     core.scheduler.add(request)
@@ -242,8 +242,8 @@ def test_emulated_kernels(
     cpu = LLM(directory, device="cpu", **options)
     with together(cpu.engine, len(prompts)):
         want = cpu.generate(prompts, replace(params, logprobs=2))
-    plain = engine.load_weights  # what a GPU allocates is aligned, a mapped file is not
-    monkeypatch.setattr(engine, "load_weights", lambda *a: mapped(plain(*a), torch.clone))
+    plain = assembly.load_weights  # what a GPU allocates is aligned, a mapped file is not
+    monkeypatch.setattr(assembly, "load_weights", lambda *a: mapped(plain(*a), torch.clone))
     with emulated_ops(architecture) as called:
         device = LazyDevice("computation") if offload else RecordingDevice()
         llm = LLM(directory, device=device, kv_offload=offload, **options)
@@ -287,13 +287,13 @@ def test_a_step_that_breaks_a_rule_is_not_captured(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, words: str
 ) -> None:
     """On purpose: memory taken within a capture, a number read by the host."""
-    build = engine.DecodeStep
+    build = assembly.DecodeStep
 
     def build_broken(model: Any, *arguments: Any) -> Any:
         setattr(model, name, broken(getattr(model, name)))
         return build(model, *arguments)
 
-    monkeypatch.setattr(engine, "DecodeStep", build_broken)
+    monkeypatch.setattr(assembly, "DecodeStep", build_broken)
     with pytest.raises(AssertionError, match=words):
         LLM(checkpoint, device=RecordingDevice(), **OPTIONS)
 

@@ -196,7 +196,7 @@ def test_the_host_waits_for_no_copy_within_a_step(deep: Path) -> None:
     device = LazyDevice("copies")
     with host_reads_wait(device):
         llm = load(deep, device, kv_offload="host")
-        core, request = llm.engine._core, llm.engine._request(prompt_ids(90), GREEDY)
+        core, request = llm.engine._core, llm.engine._intake.request(prompt_ids(90), GREEDY)
         request.samples[0].sampler = Sampler(GREEDY, prompt_ids(90))
         core.scheduler.add(request)
         results = []

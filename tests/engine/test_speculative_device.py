@@ -21,7 +21,7 @@ from lib.emulator import emulated_ops, library_path
 from lib.hold import together
 from lib.recording_device import RecordingDevice
 from lib.same_output import Answer, compare
-from qwen1m_ext import LLM, SamplingParams, engine
+from qwen1m_ext import LLM, SamplingParams, assembly
 from qwen1m_ext.decode_step import CHECK_TOKENS, decode_shapes
 from qwen1m_ext.device import CPU
 from qwen1m_ext.request import RequestOutput
@@ -241,7 +241,7 @@ def steps_of(
     core = llm.engine._core
     sequences = []
     for ids in prompts:
-        request = llm.engine._request(ids, params)
+        request = llm.engine._intake.request(ids, params)
         sequences += request.samples
         sequences[-1].sampler = Sampler(params, ids)
         sequences[-1].speculator = NgramSpeculator()
@@ -373,7 +373,7 @@ def test_a_step_that_nobody_waits_for_still_says_what_was_ahead(
     options = OPTIONS | {"cuda_graphs": False}
     llm = LLM(checkpoint, device=where, speculative="ngram", **options)
     runner, scheduler = llm.engine._core.runner, llm.engine._core.scheduler
-    requests = [llm.engine._request(ids, GREEDY) for ids in (prompt(30, 1), prompt(90, 2))]
+    requests = [llm.engine._intake.request(ids, GREEDY) for ids in (prompt(30, 1), prompt(90, 2))]
     for request in requests:
         sampler = Sampler(GREEDY, request.prompt)
         request.samples[0].sampler = sampler
@@ -422,8 +422,8 @@ def test_emulated_kernels(
     params, prompts = replace(GREEDY, max_tokens=12), [prompt(44, 1)]
     cpu = LLM(directory, device="cpu", **options)
     want = generate(cpu, prompts, replace(params, logprobs=2))
-    load = engine.load_weights  # what a GPU allocates is aligned, a mapped file is not
-    monkeypatch.setattr(engine, "load_weights", lambda *a: mapped(load(*a), torch.clone))
+    load = assembly.load_weights  # what a GPU allocates is aligned, a mapped file is not
+    monkeypatch.setattr(assembly, "load_weights", lambda *a: mapped(load(*a), torch.clone))
     informed(prompts, want)
     with emulated_ops(architecture):
         llm = LLM(directory, device=RecordingDevice(), speculative="ngram", **options)

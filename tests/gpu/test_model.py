@@ -145,7 +145,7 @@ def test_a_decode_step_waits_for_nothing(gpu: str, more: dict[str, Any]) -> None
         10 * [*range(30, 40)],
         SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
     )
-    core, request = engine._core, engine._request(ids, params)
+    core, request = engine._core, engine._intake.request(ids, params)
     request.samples[0].sampler = Sampler(params, ids)
     if more.get("speculative"):
         request.samples[0].speculator = NgramSpeculator()
