@@ -31,14 +31,11 @@ GRAPH_BYTES = 32 << 20
 """Of one captured graph: its nodes and what matrix products take. An allowance, not measured."""
 
 CHECK_SEQUENCES = 4
-"""Most sequences of a captured check. With more of them a step is long by itself, and a check in it
-is launched op by op."""
+"""Most sequences of a prepared check. With more of them a step reads the weights for many rows
+already, and goes on without guesses and without waiting."""
 
 CHECK_TOKENS = (4, 8, MAX_DRAFT + 1)
 """Tokens of each sequence of a captured check."""
-
-DRAFT_ROWS = CHECK_SEQUENCES * MAX_DRAFT
-"""Most guessed tokens that are sampled on the device in one step."""
 
 _NUMBERS, _FACTORS = 9, 7
 """Of a row: int64 and float32 inputs."""
@@ -49,7 +46,8 @@ def most_rows(rows: int, speculative: bool, chunk_tokens: int) -> int:
 
     chunk_tokens: what the model's workspace holds.
     """
-    return min(rows + DRAFT_ROWS, chunk_tokens) if speculative else rows
+    guessed = min(rows, CHECK_SEQUENCES) * MAX_DRAFT if speculative else 0
+    return min(rows + guessed, chunk_tokens)
 
 
 def decode_shapes(rows: int, speculative: bool, chunk_tokens: int) -> list[tuple[int, int]]:

@@ -13,21 +13,19 @@ from .sequence import Piece
 class Drafter:
     """Asks the speculators of a step's samples, see `speculative.py`."""
 
-    def __init__(self, model: Qwen2Model, draws: int) -> None:
-        """Prepare.
-
-        Args:
-            model: weights and workspace.
-            draws: most guessed tokens of a step whose logits stay on a device.
-        """
-        self._draws = draws
+    def __init__(self, model: Qwen2Model, device: bool) -> None:
+        """Prepare for a model's workspace; `device`: logits may stay on one."""
+        self._device = device
         self._rows, self._logits = model.workspace.chunk_tokens, logits_rows(model.config)
 
-    def guesses(self, work: Sequence[Piece]) -> dict[Piece, list[int]]:
-        """What is guessed behind the pieces of a step, if anything is."""
+    def guesses(self, work: Sequence[Piece], few: bool) -> dict[Piece, list[int]]:
+        """What is guessed behind the pieces of a step, if anything is.
+
+        few: whether samples that are drawn on a device may be guessed for, up to `MAX_DRAFT` tokens
+            of each: their tokens have been waited for, and there is room for their draws.
+        """
         spare = self._rows - sum(p.end - p.begin for p in work)
         logits = self._logits - sum(p.sample for p in work)
-        draws = self._draws
         drafts = {}
         for piece in work:
             sequence, cache, sampler = piece.sequence, piece.sequence.cache, piece.sequence.sampler
@@ -36,10 +34,12 @@ class Drafter:
                 continue
             if not (piece.decode and piece.sample) or sampler.stops_at(sequence.tokens[-1]):
                 continue
-            on_device = self._draws > 0 and piece.sampled_on_device
+            on_device = self._device and piece.sampled_on_device
+            if on_device and not few:
+                continue
             room = min(
                 spare,
-                draws if on_device else logits,
+                spare if on_device else logits,
                 len(cache.pages) * PAGE_SIZE - piece.end,
                 sequence.prompt_len + sequence.max_tokens - piece.end - 1,
             )
@@ -52,8 +52,5 @@ class Drafter:
             if draft:
                 drafts[piece] = draft
                 spare -= len(draft)
-                if on_device:
-                    draws -= len(draft)
-                else:
-                    logits -= len(draft)
+                logits -= 0 if on_device else len(draft)
         return drafts

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .attention import Batch, Rotary, Segment
-from .decode_step import DRAFT_ROWS, DecodeRow, DecodeStep
+from .decode_step import CHECK_SEQUENCES, DecodeRow, DecodeStep
 from .device import StreamDevice
 from .device_sampler import DeviceSampler, Draw, Settings, waiting
 from .drafts import Drafter
@@ -94,7 +94,7 @@ class ModelRunner:
         self._drawn: tuple[list[Piece], Tensor, list[range]] = [], torch.empty(0), []
         self._unfinished: deque[_Unfinished] = deque()
         self._finished = 0.0  # when the last step was known to be done
-        self._drafter = Drafter(model, DRAFT_ROWS if decodes else 0)
+        self._drafter = Drafter(model, device=decodes is not None)
 
     def run(self, step: Step) -> StepResult:
         """Compute a step. Errors stop the requests that they hit; nothing is raised."""
@@ -108,9 +108,9 @@ class ModelRunner:
         result, computed = StepResult(step), frozenset(p.sequence for p in pieces)
         try:
             with torch.inference_mode(), self._device.scope():
-                self._catch_up(pieces)
+                few = self._catch_up(pieces)
                 work = self._take_ahead(pieces, result)
-                drafts = self._drafter.guesses(work)
+                drafts = self._drafter.guesses(work, few)
                 result.representative = len(work) == len(pieces) == len(step.pieces) and not drafts
                 if self._decodes is not None:
                     self._queue(work, drafts, result, start, self._decodes)
@@ -131,14 +131,23 @@ class ModelRunner:
             result.seconds = time.perf_counter() - start
         return result
 
-    def _catch_up(self, pieces: list[Piece]) -> None:
-        """On a device: wait for earlier steps, if this one depends on what came of them."""
+    def _catch_up(self, pieces: list[Piece]) -> bool:
+        """On a device: wait for earlier steps, if this one depends on what came of them.
+
+        Returns:
+            Whether so few decode there that guesses of theirs may be checked.
+        """
+        if self._decodes is None:
+            return False
         while self._unfinished and self._unfinished[0].done:
             self._unfinished.popleft()
-        if any(step.checks for step in self._unfinished) or any(map(_looks_back, pieces)):
+        few = sum(piece.decodes_on_device for piece in pieces) <= CHECK_SEQUENCES
+        checks = any(step.checks for step in self._unfinished)
+        if checks or (few and any(map(_looks_back, pieces))):
             while self._unfinished:
                 self._unfinished[0]()
                 self._unfinished.popleft()
+        return few
 
     def _take_ahead(self, pieces: list[Piece], result: StepResult) -> list[Piece]:
         """Emit what was sampled ahead; returns the pieces that have to be computed."""

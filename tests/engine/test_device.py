@@ -381,8 +381,10 @@ def test_a_failed_kernel_ends_the_engine(
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def test_a_decode_step_is_what_the_plan_says(queued: LLM) -> None:
-    e = queued.engine
+@pytest.mark.parametrize("speculative", [None, "ngram"])
+def test_a_decode_step_is_what_the_plan_says(checkpoint: Path, speculative: Any) -> None:
+    llm = LLM(checkpoint, device=RecordingDevice(), speculative=speculative, **OPTIONS)
+    e = llm.engine
     step = e._core.runner._decodes
     assert step is not None
     tensors = [step._hidden, e.cache.decode_scratch]
@@ -393,7 +395,7 @@ def test_a_decode_step_is_what_the_plan_says(queued: LLM) -> None:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     allowance = GRAPH_BYTES * len(step._inputs)
     assert e.plan.items["decode step"] == sum(storages.values()) + allowance
-    assert e.plan.items["step inputs"] == len(queue_of(queued)._staged)
+    assert e.plan.items["step inputs"] == len(queue_of(llm)._staged)
 
 
 def test_a_context_that_does_not_fit_is_refused(checkpoint: Path) -> None:
