@@ -153,7 +153,7 @@ RANKS = [
         "device_sampler",
     },
     {"model", "sequence", "engine_messages"},
-    {"decode_step", "drafts", "progress"},
+    {"decode_step", "drafts", "progress", "step_result"},
     {
         "engine_child",
         "scoring",

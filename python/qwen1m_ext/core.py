@@ -18,9 +18,10 @@ from .errors import BackendError, RequestError
 from .events import EngineStats, RequestStatus, State
 from .heartbeat import Observer, Pulse
 from .output_processor import OutputProcessor
-from .runner import ModelRunner, StepResult
+from .runner import ModelRunner
 from .scheduler import Scheduler
 from .sequence import Request, Sequence, Step
+from .step_result import StepResult
 
 STEPS_AHEAD = 2
 """Steps with the runner: one runs, one waits for it."""

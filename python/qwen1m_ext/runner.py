@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,20 +31,8 @@ from .heartbeat import Pulse
 from .kv_cache import KVCache
 from .model import Qwen2Model
 from .progress import Abandoned, LayerProgress
-from .sampler import Candidates, not_a_number, rank_tokens
-from .sequence import Piece, Request, Sequence, Step
-
-
-@dataclass
-class StepResult:
-    """What became of a step."""
-
-    step: Step
-    done: frozenset[Sequence] = frozenset()  # their piece was computed
-    seconds: float | None = None  # None: not representative
-    sampled: list[tuple[Sequence, int, Candidates | None]] = field(default_factory=list)
-    representative: bool = True  # for the cost model: nothing was guessed or computed ahead
-    finish: Callable[[], None] | None = None  # waits for the rest; to be called once
+from .sequence import Piece, Sequence, Step
+from .step_result import StepResult
 
 
 class _Unfinished:
@@ -109,7 +96,7 @@ class ModelRunner:
         try:
             with torch.inference_mode(), self._device.scope():
                 few = self._catch_up(pieces)
-                work = self._take_ahead(pieces, result)
+                work = result.take_ahead(pieces)
                 drafts = self._drafter.guesses(work, few)
                 result.representative = len(work) == len(pieces) == len(step.pieces) and not drafts
                 if self._decodes is not None:
@@ -149,20 +136,6 @@ class ModelRunner:
                 self._unfinished.popleft()
         return few
 
-    def _take_ahead(self, pieces: list[Piece], result: StepResult) -> list[Piece]:
-        """Emit what was sampled ahead; returns the pieces that have to be computed."""
-        work = []
-        for piece in pieces:
-            sequence = piece.sequence
-            speculator = sequence.speculator
-            if speculator and speculator.covers(sequence.preemptions):
-                self._emit(sequence, *speculator.ahead.popleft(), result)
-                continue
-            work.append(piece)
-            if speculator and sequence.sampler and sequence.sampler.on_device:
-                speculator.ahead.clear()  # of before a preemption: a draw there can be repeated
-        return work
-
     def _queue(
         self,
         work: list[Piece],
@@ -200,7 +173,7 @@ class ModelRunner:
                 result.seconds = self._finished - begin
             for piece, rows in zip(sampled, own, strict=True):
                 chosen = [tokens[row] for row in rows]
-                self._take_drawn(piece, drafts.get(piece, []), chosen, result)
+                result.take_drawn(piece, drafts.get(piece, []), chosen)
 
         checks = any(piece in drafts for piece in sampled)
         result.finish = _Unfinished(take, checks)
@@ -214,22 +187,6 @@ class ModelRunner:
         ]
         draws = self._draws(piece, draft, decodes.sampler)
         return DecodeRow(piece.sequence.cache, _token(piece), draws, scales, draft)
-
-    def _take_drawn(
-        self, piece: Piece, draft: list[int], drawn: list[int], result: StepResult
-    ) -> None:
-        """Take in what the device has drawn after a piece and after each token of a guess."""
-        request = piece.sequence.request
-        self._first_token(request)
-        chosen: list[tuple[int, Candidates | None]] = []
-        for token, guess in zip(drawn, [*draft, None], strict=True):
-            if token < 0:
-                request.fail(not_a_number())
-                return
-            chosen.append((token, None))
-            if token != guess:
-                break
-        self._keep(piece.sequence, draft, chosen, result)
 
     def _check_device(self) -> None:
         """After an error: raises BackendError if it was a kernel's, which no request survives."""
@@ -287,7 +244,7 @@ class ModelRunner:
             logits = self._model.logits(hidden[self._device.put(torch.tensor(sampled_rows))])
             blocks = torch.split(logits.cpu(), [count for _, count in samples])
             for (piece, _), some in zip(samples, blocks, strict=True):
-                self._sample(piece, drafts.get(piece, []), some, result)
+                result.sample(piece, drafts.get(piece, []), some)
 
     def _token_ids(self, work: list[Piece], drafts: dict[Piece, list[int]]) -> Tensor:
         """[rows] int64 on the device, those included that the host has not seen."""
@@ -363,62 +320,6 @@ class ModelRunner:
             except Exception as error:
                 request.fail(error)
             request.scored = piece.end
-
-    def _sample(self, piece: Piece, draft: list[int], logits: Tensor, result: StepResult) -> None:
-        """Choose the token after a piece, and those behind it as long as the guess was right."""
-        sequence, request = piece.sequence, piece.sequence.request
-        sampler, speculator = sequence.sampler, sequence.speculator
-        assert sampler is not None, "the runner's sequences have samplers"
-        self._first_token(request)
-        if speculator and speculator.ahead:  # sampled before a preemption, computed again now
-            self._emit(sequence, *speculator.ahead.popleft(), result)
-            return
-        chosen: list[tuple[int, Candidates | None]] = []
-        for row, guess in zip(logits, [*draft, None], strict=True):
-            try:
-                token = sampler.sample(row)
-            except Exception as error:
-                request.fail(error)
-                return
-            candidates = None
-            if request.params.logprobs is not None:
-                chosen_token = torch.tensor([token])
-                candidates = rank_tokens(row[None], chosen_token, request.params.logprobs)[0]
-            chosen.append((token, candidates))
-            if token != guess:
-                break
-        self._keep(sequence, draft, chosen, result)
-
-    def _keep(
-        self,
-        sequence: Sequence,
-        draft: list[int],
-        chosen: list[tuple[int, Candidates | None]],
-        result: StepResult,
-    ) -> None:
-        """Emit the first of some tokens; the others are ahead. All but the last were guessed."""
-        if sequence.speculator:
-            metrics = sequence.request.metrics
-            sequence.speculator.keep(sequence.preemptions, len(draft), chosen)
-            metrics.draft_tokens += len(draft)
-            metrics.accepted_tokens += len(chosen) - 1
-        self._emit(sequence, *chosen[0], result)
-
-    def _first_token(self, request: Request) -> None:
-        """Take the prefill's time and recall, once."""
-        if request.metrics.prefill_seconds == 0 and request.started is not None:
-            request.metrics.prefill_seconds = time.perf_counter() - request.started
-            request.metrics.recall = request.sparse.meter.mean if request.sparse else None
-
-    def _emit(
-        self,
-        sequence: Sequence,
-        token: int,
-        candidates: Candidates | None,
-        result: StepResult,
-    ) -> None:
-        sequence.tokens.append(token)
-        result.sampled.append((sequence, token, candidates))
 
 
 def _broken(device: StreamDevice, error: Exception) -> BackendError:

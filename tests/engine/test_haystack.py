@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -88,8 +89,7 @@ def test_keys_and_text_are_held_out() -> None:
     [(" 12345.", True), ("12345", True), (" 123456", False), (" 1234", False), ("x 12345", False)],
 )
 def test_only_exactly_the_digits_count(text: str, correct: bool) -> None:
-    sample = make_sample(2048, seed=0)
-    sample = type(sample)(sample.prompt, sample.question, "12345", 0.5, 20)
+    sample = replace(make_sample(2048, seed=0), answer="12345")
     assert is_correct(text, sample) == correct
 
 
