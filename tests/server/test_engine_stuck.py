@@ -72,6 +72,7 @@ ENDLESS = textwrap.dedent(
     def endless(*_):
         while True:
             pass
+    assert hasattr({owner}, "{method}")
     {owner}.{method} = endless
     main()
     """
@@ -81,7 +82,7 @@ ENDLESS = textwrap.dedent(
 @pytest.mark.parametrize(
     ("module", "owner", "method", "who"),
     [
-        ("runner", "ModelRunner", "_sample", "model runner"),
+        ("step_result", "StepResult", "sample", "model runner"),
         ("scheduler", "Scheduler", "retire", "scheduler"),
         ("output", "OutputBuilder", "push", "output processor"),
     ],
