@@ -15,8 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from lib.checkpoints import model_config, write_checkpoint
 from lib.hold import PATIENCE, together
+from lib.offload_engine import (
+    GREEDY,
+    LAYER,
+    LAYERS,
+    NOTED,
+    PAGE,
+    TOKENS,
+    answer,
+    deep_model,
+    load,
+    prompt_ids,
+)
 from qwen1m_ext import LLM, SamplingParams, offload_copies, ops
 from qwen1m_ext.config import read_config
 from qwen1m_ext.errors import BackendError, ConfigError
@@ -26,23 +37,12 @@ from qwen1m_ext.offload_copies import ThreadCopies, Transfer
 from qwen1m_ext.session_files import load_session, save_session, session_path
 
 CONFIG = Path(__file__).parent.parent / "fixtures" / "configs" / "qwen2.5-7b-instruct-1m.json"
-LAYERS, TOKENS = 5, 1024
-PAGE = 2 * 2 * 128 * 16 * 4  # bytes of a page in one layer: K and V, 2 heads x 128 x 16 float32
-LAYER = TOKENS // 128 * PAGE
 BUDGETS = {"two slots": None, "one stays": 3 * LAYER + 7, "two stay": 4 * LAYER, "all": 5 * LAYER}
-GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=3)
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of five layers."""
-    config = model_config(num_hidden_layers=LAYERS)
-    return write_checkpoint(tmp_path_factory.mktemp("deep"), config, gain=1.5)
-
-
-def load(directory: Path, **options: Any) -> LLM:
-    options = {"max_model_len": TOKENS, "prefill_chunk_tokens": 100, **options}
-    return LLM(directory, **options)
+    return deep_model(tmp_path_factory.mktemp("deep"))
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +73,6 @@ def cache_of(llm: LLM) -> OffloadedCache:
     return cache
 
 
-def prompt_ids(length: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (length,), generator=generator).tolist()
-
-
-def answer(llm: LLM, tokens: list[int], params: SamplingParams = GREEDY) -> list[Any]:
-    """Tokens and log probabilities of all samples: equal only if logits are, bit by bit."""
-    output = llm.generate({"prompt_token_ids": tokens}, params)[0]
-    return [(sample.token_ids, sample.logprobs) for sample in output.outputs]
-
-
 # --- the same bits --------------------------------------------------------------------------------
 
 
@@ -106,7 +95,7 @@ def test_a_reused_prefix_is_equal_to_the_bit(plain: LLM, offloaded: LLM) -> None
         [answer(llm, prompt_ids(400, 3)) for _ in range(2)] for llm in (plain, offloaded)
     )
     assert first == second
-    cached = offloaded.generate({"prompt_token_ids": prompt_ids(400, 3)}, GREEDY)[0]
+    cached = offloaded.generate({"prompt_token_ids": prompt_ids(400, 3)}, NOTED)[0]
     assert cached.metrics.cached_tokens == 384
 
 
@@ -132,7 +121,7 @@ def test_many_requests_at_once_with_preemption(plain: LLM, offloaded: LLM) -> No
 
 def test_speculation(deep: Path, plain: LLM) -> None:
     prompt = prompt_ids(20) * 10
-    params = replace(GREEDY, logprobs=None, max_tokens=60)
+    params = replace(GREEDY, max_tokens=60)
     guessing = load(deep, kv_offload="host", speculative="ngram")
     assert [t for t, _ in answer(guessing, prompt, params)] == [
         t for t, _ in answer(plain, prompt, params)
@@ -159,7 +148,7 @@ def test_sessions_and_their_files(deep: Path, plain: LLM, tight: LLM, tmp_path: 
     prompt, more = prompt_ids(300, 9), prompt_ids(50, 10)
 
     def turn(llm: LLM, session: Any, tokens: list[int]) -> list[int]:
-        stream = llm.stream({"prompt_token_ids": tokens}, GREEDY, session=session)
+        stream = llm.stream({"prompt_token_ids": tokens}, NOTED, session=session)
         return list(stream)[-1].outputs[0].token_ids
 
     files = {}
@@ -297,7 +286,7 @@ def test_a_cancelled_prefill_leaves_no_copy_behind(tight: LLM, plain: LLM) -> No
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tight.generate({"prompt_token_ids": prompt_ids(600, 8)}, GREEDY, on_progress=stop)
+        tight.generate({"prompt_token_ids": prompt_ids(600, 8)}, NOTED, on_progress=stop)
     assert answer(tight, prompt_ids(600, 8))[0][0] == answer(plain, prompt_ids(600, 8))[0][0]
 
 

@@ -15,9 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.checkpoints import model_config, write_checkpoint
 from lib.hold import together
 from lib.lazy_device import AHEAD, LazyDevice, host_reads_wait
+from lib.offload_engine import (
+    GREEDY,
+    LAYER,
+    LAYERS,
+    TOKENS,
+    answer,
+    deep_model,
+    load,
+    prompt_ids,
+)
 from lib.recording_device import RecordingDevice
 from qwen1m_ext import LLM, SamplingParams
 from qwen1m_ext.errors import MemoryBudgetError
@@ -27,28 +36,20 @@ from qwen1m_ext.offload_copies import QueueCopies
 from qwen1m_ext.sampler import Sampler
 from qwen1m_ext.session_files import load_session, save_session, session_path
 
-LAYERS, TOKENS = 5, 1024
-LAYER = TOKENS * 2 * 2 * 16 * 4  # bytes: K and V, 2 heads x 16 float32
-GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-NOTED = replace(GREEDY, logprobs=3)
-
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of five layers."""
-    config = model_config(num_hidden_layers=LAYERS)
-    return write_checkpoint(tmp_path_factory.mktemp("deep"), config, gain=1.5)
+    return deep_model(tmp_path_factory.mktemp("deep"))
 
 
-def load(directory: Path, device: Any, **options: Any) -> LLM:
-    options = {"max_model_len": TOKENS, "prefill_chunk_tokens": 100, **options}
-    return LLM(directory, device=device, cuda_graphs=False, **options)
+def load_on(device: Any, directory: Path, **options: Any) -> LLM:
+    return load(directory, device=device, cuda_graphs=False, **options)
 
 
 @pytest.fixture(scope="module")
 def plain(deep: Path) -> LLM:
     """Without offload, one queue."""
-    return load(deep, RecordingDevice())
+    return load_on(RecordingDevice(), deep)
 
 
 @pytest.fixture(scope="module", params=[(a, b) for a in AHEAD for b in (None, 3 * LAYER)])
@@ -57,7 +58,7 @@ def offloaded(deep: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     ahead, budget = request.param
     device = LazyDevice(ahead)
     with host_reads_wait(device):
-        yield load(deep, device, kv_offload="host", device_kv_bytes=budget)
+        yield load_on(device, deep, kv_offload="host", device_kv_bytes=budget)
     assert device.spilled == 0
     assert (device.put_off > 0) == (ahead == "copies")
 
@@ -67,17 +68,6 @@ def queues(request: pytest.FixtureRequest) -> Iterator[LazyDevice]:
     device = LazyDevice(request.param)
     with host_reads_wait(device):
         yield device
-
-
-def prompt_ids(length: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (length,), generator=generator).tolist()
-
-
-def answer(llm: LLM, tokens: list[int], params: SamplingParams = NOTED) -> list[Any]:
-    """Tokens and log probabilities of all samples: equal only if logits are, bit by bit."""
-    output = llm.generate({"prompt_token_ids": tokens}, params)[0]
-    return [(sample.token_ids, sample.logprobs) for sample in output.outputs]
 
 
 def states(llm: LLM, tokens: list[int]) -> tuple[Any, list[Tensor]]:
@@ -120,7 +110,7 @@ def test_forks_and_a_reused_prefix(plain: LLM, offloaded: LLM) -> None:
 
 
 def test_many_requests_at_once_with_preemption(deep: Path, plain: LLM, queues: LazyDevice) -> None:
-    offloaded = load(deep, queues, kv_offload="host", max_model_len=512)
+    offloaded = load_on(queues, deep, kv_offload="host", max_model_len=512)
     prompts: list[Any] = [
         {"prompt_token_ids": prompt_ids(length, length)} for length in (3, 130, 200, 100)
     ]
@@ -134,15 +124,15 @@ def test_many_requests_at_once_with_preemption(deep: Path, plain: LLM, queues: L
 
 def test_an_fp8_cache_and_sparse_prefill(deep: Path, queues: LazyDevice) -> None:
     options = {"kv_cache_dtype": "fp8", "attention": "sparse", "prefill_chunk_tokens": TOKENS}
-    one = load(deep, RecordingDevice(), **options)
-    other = load(deep, queues, kv_offload="host", **options)
+    one = load_on(RecordingDevice(), deep, **options)
+    other = load_on(queues, deep, kv_offload="host", **options)
     assert answer(other, prompt_ids(500)) == answer(one, prompt_ids(500))
 
 
 def test_speculation(deep: Path, plain: LLM, queues: LazyDevice) -> None:
     """Prepared checks, with pages that a wrong guess has written."""
     prompt = {"prompt_token_ids": prompt_ids(20) * 10}
-    guessing = load(deep, queues, kv_offload="host", speculative="ngram", max_num_seqs=2)
+    guessing = load_on(queues, deep, kv_offload="host", speculative="ngram", max_num_seqs=2)
     guessed = accepted = 0
     drawn = replace(GREEDY, max_tokens=60, temperature=50.0, top_k=2, seed=1)
     for params in (replace(GREEDY, max_tokens=60), drawn):  # all guesses are right, or some
@@ -158,7 +148,7 @@ def test_sessions_and_their_files(
 ) -> None:
     """A file of an engine with offload serves one without, and the other way round."""
     prompt, more = prompt_ids(300, 9), prompt_ids(50, 10)
-    tight = load(deep, queues, kv_offload="host")
+    tight = load_on(queues, deep, kv_offload="host")
 
     def turn(llm: LLM, session: Any, tokens: list[int]) -> list[int]:
         stream = llm.stream({"prompt_token_ids": tokens}, GREEDY, session=session)
@@ -185,7 +175,7 @@ def test_a_cancelled_prefill_with_copies_under_way(
         if progress.done > 250:
             raise KeyboardInterrupt
 
-    tight = load(deep, queues, kv_offload="host")
+    tight = load_on(queues, deep, kv_offload="host")
     with pytest.raises(KeyboardInterrupt):
         tight.generate({"prompt_token_ids": prompt_ids(600, 8)}, GREEDY, on_progress=stop)
     assert answer(tight, prompt_ids(600, 8)) == answer(plain, prompt_ids(600, 8))
@@ -195,7 +185,7 @@ def test_the_host_waits_for_no_copy_within_a_step(deep: Path) -> None:
     """Two decode steps are queued, and nothing of them has been done."""
     device = LazyDevice("copies")
     with host_reads_wait(device):
-        llm = load(deep, device, kv_offload="host")
+        llm = load_on(device, deep, kv_offload="host")
         core, request = llm.engine._core, llm.engine._intake.request(prompt_ids(90), GREEDY)
         request.samples[0].sampler = Sampler(GREEDY, prompt_ids(90))
         core.scheduler.add(request)
@@ -229,12 +219,12 @@ def test_a_host_with_too_little_memory_is_refused(
     monkeypatch.setattr("qwen1m_ext.engine.available_bytes", lambda: LAYERS * LAYER - 1)
     words = rf"1024 tokens need {LAYERS * LAYER} bytes of page-locked host memory"
     with pytest.raises(MemoryBudgetError, match=words):
-        load(deep, LazyDevice("computation"), kv_offload="host")
+        load_on(LazyDevice("computation"), deep, kv_offload="host")
 
 
 def test_an_engine_allocates_its_plan(deep: Path) -> None:
     """To the byte: slots, the pages that cross, and the homes."""
-    llm = load(deep, LazyDevice("computation"), kv_offload="host", device_kv_bytes=3 * LAYER)
+    llm = load_on(LazyDevice("computation"), deep, kv_offload="host", device_kv_bytes=3 * LAYER)
     cache, plan = llm.engine.cache, llm.engine.plan
     assert isinstance(cache, OffloadedCache) and isinstance(cache._copies, QueueCopies)
     bounce = cache._copies._bounce
